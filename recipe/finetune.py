@@ -13,11 +13,12 @@ from pathlib import Path
 import datasets
 import torch
 from tqdm import tqdm
-from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import AutoConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import cap_questions_per_paragraph, load_tokenizer, read_questions, training_features
 
 # Softens teacher and student alike, so that what the teacher thinks of the second-best span is heard (Hinton et al.,
@@ -157,6 +158,22 @@ def add_teacher_logits(features, folders, collator, batch_size):
     return features
 
 
+def load_model(folder):
+    """The folder's weights for training: one of ours, or BERT's or RoBERTa's under a new span head.
+
+    Without dropout inside attention, and with attention step by step: with either the other way, torch's CPU attention
+    takes most of a training step.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    if config.model_type == QuaLAMiniLMConfig.model_type:
+        config = QuaLAMiniLMConfig.from_pretrained(folder)
+    else:
+        config = QuaLAMiniLMConfig.from_transformers(config, significance="attention")
+    config.attention_probs_dropout_prob = 0.0
+    implementation = "sdpa" if torch.cuda.is_available() else "eager"
+    return QuaLAMiniLMForQuestionAnswering.from_pretrained(folder, config=config, attn_implementation=implementation)
+
+
 def main():
     arguments, training = HfArgumentParser((FinetuneArguments, FinetuneTrainingArguments)).parse_args_into_dataclasses()
     set_seed(training.seed)
@@ -179,8 +196,7 @@ def main():
     if arguments.teacher:
         train = add_teacher_logits(train, arguments.teacher, collator, training.per_device_eval_batch_size)
     trainer = FinetuneTrainer(
-        # Dropout inside attention keeps torch from its fast kernels and costs more than it gives.
-        model=QuaLAMiniLMForQuestionAnswering.from_pretrained(base, attention_probs_dropout_prob=0.0),
+        model=load_model(base),
         args=training,
         train_dataset=train,
         eval_dataset=features_of("validation"),

@@ -1,0 +1,162 @@
+"""Official SQuAD EM and F1 at any length config: `python -m recipe.evaluate --data FILE --output results/NAME.json`.
+
+Every question goes through the pipeline that people use, windows of long contexts included.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import torch
+import torchmetrics
+import transformers
+from torchmetrics.text import SQuAD
+from tqdm import tqdm
+
+from qualaminilm.configuration_qualaminilm import PRESETS_FILE, QuaLAMiniLMConfig
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
+from recipe.data import SPLITS, file_sha256, load_tokenizer, read_questions
+
+ROOT = Path(__file__).resolve().parent.parent
+# Every look at one of these is logged: they are for final figures, not for choosing.
+TEST_LOG = ROOT / "results" / "test-runs.jsonl"
+TEST_SETS = ("69c43839d8de7ca9c6247721acd3c281af72a741ecfd9f4eec2e27e9b07f407d", "rajpurkar/squad:validation")
+
+
+def answer_all(pipeline, questions, batch_size, length_config):
+    """Answers every question, shortest first, with a progress bar.
+
+    Args:
+        pipeline: a `QuestionAnsweringPipeline`.
+        questions: a table of :func:`recipe.data.read_questions`.
+        batch_size: windows that pass through the model together.
+        length_config: see `QuaLAMiniLMConfig.token_lengths`.
+
+    Returns:
+        the answers' texts, in the order of `questions`, and the number of real tokens of every window, a `list` of
+        `int`.
+    """
+    examples = [{"question": q, "context": c} for q, c in zip(questions["question"], questions["context"])]
+    lengths = [[len(window["encoding"]) for window in pipeline.preprocess(example)] for example in examples]
+    order = sorted(range(len(examples)), key=lambda i: lengths[i])
+    texts = [None] * len(examples)
+    answers = pipeline((examples[i] for i in order), batch_size=batch_size, length_config=length_config)
+    for i, answer in zip(tqdm(order, desc="Answering", unit="question"), answers):
+        texts[i] = answer["answer"]
+    return texts, [length for windows in lengths for length in windows]
+
+
+def score(questions, texts):
+    """Exact match and F1 in percent, the official SQuAD v1.1 definitions (torchmetrics)."""
+    result = SQuAD()(
+        [{"id": i, "prediction_text": text} for i, text in zip(questions["id"], texts)],
+        [{"id": i, "answers": answers} for i, answers in zip(questions["id"], questions["answers"])],
+    )
+    return {"f1": result["f1"].item(), "em": result["exact_match"].item()}
+
+
+def parse_length_config(text):
+    """A `length_config` as typed: JSON where it is JSON, a preset's name otherwise."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def record_in_presets(folder, name, split, scores):
+    """Writes a preset's MACs, lengths and scores into the folder's length_configs.json."""
+    path = Path(folder) / PRESETS_FILE
+    content = json.loads(path.read_text(encoding="utf-8"))
+    config = QuaLAMiniLMConfig.from_pretrained(folder)
+    lengths = config.token_lengths(name)
+    content["presets"][name].update(
+        lengths_at_384=[lengths.kept(layer, 384) for layer in range(config.num_hidden_layers)],
+        macs_at_384=config.macs(name),
+        macs_share=round(config.macs_share(name), 4),
+    )
+    content["presets"][name][split] = {key: round(value, 2) for key, value in scores.items()}
+    write_json(path, content)
+
+
+def write_json(path, content):
+    """Writes indented JSON beside `path`, then renames it into place."""
+    unfinished = Path(f"{path}.unfinished")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(ROOT), help="folder of the model (the shipped one)")
+    parser.add_argument("--data", nargs="+", required=True, help="SQuAD JSON files, or data sets on the Hub")
+    parser.add_argument("--split", choices=SPLITS, default="all", help="part of each file (all)")
+    parser.add_argument("--length_config", default="full", help="a preset's name, or JSON: [0.9, ...] (full)")
+    parser.add_argument("--batch_size", type=int, default=16, help="windows a batch (16)")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="precision (float32)")
+    parser.add_argument("--output", required=True, help="JSON results file to write")
+    parser.add_argument(
+        "--record", choices=("validation", "test"), help="also write the scores into the preset in length_configs.json"
+    )
+    arguments = parser.parse_args()
+    length_config = parse_length_config(arguments.length_config)
+
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    pipeline = QuestionAnsweringPipeline(model=model.eval(), tokenizer=load_tokenizer(arguments.model))
+    questions = datasets.concatenate_datasets([read_questions(source, arguments.split) for source in arguments.data])
+    started = time.perf_counter()
+    texts, lengths = answer_all(pipeline, questions, arguments.batch_size, length_config)
+    seconds = time.perf_counter() - started
+    scores = score(questions, texts)
+
+    config = model.config
+    result = {
+        **scores,
+        "questions": len(questions),
+        "length_config": length_config,
+        "significance": config.significance,
+        "macs_share_at_384": config.macs_share(length_config),
+        "mean_macs_share_over_rows": sum(config.macs_share(length_config, n) for n in lengths) / len(lengths),
+        "median_tokens_a_row": sorted(lengths)[len(lengths) // 2],
+        "seconds": round(seconds, 1),
+        "dtype": arguments.dtype,
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": "python -m recipe.evaluate " + shlex.join(sys.argv[1:]),
+        "split": arguments.split,
+        "data": {
+            Path(source).name: file_sha256(source) if Path(source).is_file() else source for source in arguments.data
+        },
+        "weights_sha256": file_sha256(Path(arguments.model) / "model.safetensors"),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "torchmetrics": torchmetrics.__version__,
+        },
+    }
+    if any(identity in TEST_SETS for identity in result["data"].values()):
+        TEST_LOG.parent.mkdir(exist_ok=True)
+        with TEST_LOG.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(result) + "\n")
+        print(f"Logged this look at the test set in {TEST_LOG}")
+    write_json(arguments.output, result)
+    if arguments.record:
+        record_in_presets(arguments.model, arguments.length_config, arguments.record, scores)
+    print(
+        f"F1 {scores['f1']:.2f}  EM {scores['em']:.2f}  over {len(questions)} questions at {length_config!r}, MACs "
+        f"share {result['macs_share_at_384']:.2f} at 384 tokens, {result['mean_macs_share_over_rows']:.2f} over these "
+        f"rows; {seconds:.0f} s. Wrote {arguments.output}"
+    )
+
+
+if __name__ == "__main__":
+    main()

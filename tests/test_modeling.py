@@ -1,0 +1,307 @@
+import pytest
+import torch
+from conftest import right_padded, tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import BertConfig, BertForQuestionAnswering, RobertaConfig, RobertaForQuestionAnswering
+
+from qualaminilm import modeling_qualaminilm
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering, QuaLAMiniLMModel, select_slots
+from tests.brute_force import BruteForce
+
+FAMILIES = ("bert", "roberta")
+SIGNIFICANCES = ("attention", "learned")
+
+
+def tiny_model(seed=0, **kwargs):
+    torch.manual_seed(seed)
+    model = QuaLAMiniLMForQuestionAnswering(tiny_config(**kwargs)).eval()
+    for parameter in model.parameters():  # biases and LayerNorms too, or the twin need not get them right
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def length_configs(layers):
+    ints = st.lists(st.integers(2, 14), min_size=layers, max_size=layers)
+    floats = st.lists(st.integers(1, 1000).map(lambda p: p / 1000), min_size=layers, max_size=layers)
+    return (ints | floats).map(lambda entries: sorted(entries, reverse=True))
+
+
+cases = st.fixed_dictionaries(
+    {
+        "embedding_type": st.sampled_from(FAMILIES),
+        "significance": st.sampled_from(SIGNIFICANCES),
+        "lengths": st.lists(st.integers(1, 12), min_size=1, max_size=3),
+        "length_config": length_configs(3),
+        "seed": st.integers(0, 1000),
+    }
+)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    "reference_class, config",
+    [
+        (BertForQuestionAnswering, BertConfig(hidden_size=768, num_hidden_layers=2, num_attention_heads=12)),
+        (BertForQuestionAnswering, BertConfig(hidden_size=384, num_hidden_layers=6, num_attention_heads=12)),
+        (
+            RobertaForQuestionAnswering,
+            RobertaConfig(
+                hidden_size=384,
+                num_hidden_layers=6,
+                num_attention_heads=12,
+                intermediate_size=1536,
+                type_vocab_size=1,
+                max_position_embeddings=514,
+                layer_norm_eps=1e-5,
+            ),
+        ),
+    ],
+)
+def test_full_model_computes_what_transformers_own_class_does(reference_class, config, implementation):
+    torch.manual_seed(1)
+    config.vocab_size = 500
+    reference = reference_class(config).eval()
+    model = QuaLAMiniLMForQuestionAnswering._from_config(
+        QuaLAMiniLMConfig.from_transformers(config, significance="attention"), attn_implementation=implementation
+    ).eval()
+    model.load_state_dict(
+        {name.replace("roberta.", "bert.", 1): tensor for name, tensor in reference.state_dict().items()}
+    )
+    input_ids, attention_mask = right_padded(model.config, [40, 17, 1])
+    token_types = (torch.arange(40) > 8).long().expand(3, -1) if config.type_vocab_size > 1 else None
+    labels = {"start_positions": torch.tensor([3, 9, 99]), "end_positions": torch.tensor([5, 16, 0])}
+    with torch.no_grad():
+        expected = reference(input_ids, attention_mask, token_type_ids=token_types, output_hidden_states=True)
+        found = model(input_ids, attention_mask, token_type_ids=token_types, output_hidden_states=True, **labels)
+    real = attention_mask.bool()
+    for name in ("start_logits", "end_logits"):
+        torch.testing.assert_close(found[name][real], expected[name][real], atol=1e-5, rtol=0)
+        assert (found[name][~real] == torch.finfo(torch.float32).min).all()
+    for mine, theirs in zip(found.hidden_states, expected.hidden_states):
+        torch.testing.assert_close(mine[real], theirs[real], atol=1e-5, rtol=0)
+
+    # The loss is BERT's over the real tokens: row by row, each cut to its own length.
+    losses = []
+    for name in ("start", "end"):
+        rows = [
+            torch.nn.functional.cross_entropy(expected[f"{name}_logits"][row : row + 1, :n], labels[key][row : row + 1])
+            for key in (f"{name}_positions",)
+            for row, n in ((0, 40), (1, 17), (2, 1))
+            if labels[key][row] < n
+        ]
+        losses.append(sum(rows) / len(rows))
+    torch.testing.assert_close(found.loss, sum(losses) / 2, atol=1e-5, rtol=0)
+
+
+@given(cases)
+@settings(max_examples=80, deadline=None)
+def test_dropping_equals_the_brute_force_twin(case):
+    lengths, length_config = case.pop("lengths"), case.pop("length_config")
+    model = tiny_model(**case)
+    input_ids, attention_mask = right_padded(model.config, lengths, case["seed"])
+    compare_with_twin(model, input_ids, attention_mask, length_config)
+
+
+@given(cases, st.data())
+@settings(max_examples=40, deadline=None)
+def test_dropping_equals_the_brute_force_twin_under_any_mask(case, data):
+    length, length_config = case.pop("lengths")[0], case.pop("length_config")
+    model = tiny_model(**case)
+    input_ids, _ = right_padded(model.config, [length, length], case["seed"])
+    masks = st.lists(st.sampled_from([0, 1]), min_size=length, max_size=length).filter(any)
+    compare_with_twin(model, input_ids, torch.tensor([data.draw(masks), data.draw(masks)]), length_config)
+
+
+def compare_with_twin(model, input_ids, attention_mask, length_config):
+    with torch.no_grad():
+        found = model(
+            input_ids,
+            attention_mask,
+            length_config=length_config,
+            output_hidden_states=True,
+            output_kept_tokens=True,
+        )
+    logits, kept_tokens, hidden_states = BruteForce(model).logits(input_ids, attention_mask, length_config)
+    for (row, position), (start, end) in logits.items():
+        assert found.start_logits[row, position].item() == pytest.approx(start, abs=1e-5)
+        assert found.end_logits[row, position].item() == pytest.approx(end, abs=1e-5)
+    for layer, rows in enumerate(kept_tokens):
+        width = max(map(len, rows))
+        assert found.kept_tokens[layer].tolist() == [row + [-1] * (width - len(row)) for row in rows]
+    for (layer, row, position), state in hidden_states.items():
+        torch.testing.assert_close(found.hidden_states[layer][row, position].double(), state, atol=1e-5, rtol=0)
+
+
+@given(cases, st.integers(0, 5))
+@settings(max_examples=80, deadline=None)
+def test_a_row_alone_equals_the_row_in_a_padded_batch(case, more_padding):
+    lengths, length_config = case.pop("lengths"), case.pop("length_config")
+    model = tiny_model(**case)
+    input_ids, attention_mask = right_padded(model.config, lengths, case["seed"])
+    input_ids = torch.nn.functional.pad(input_ids, (0, more_padding), value=model.config.pad_token_id)
+    attention_mask = torch.nn.functional.pad(attention_mask, (0, more_padding))
+    with torch.no_grad():
+        batch = model(input_ids, attention_mask, length_config=length_config)
+        for row, n in enumerate(lengths):
+            alone = model(input_ids[row : row + 1, :n], length_config=length_config)
+            for name in ("start_logits", "end_logits"):
+                torch.testing.assert_close(batch[name][row, :n], alone[name][0], atol=1e-5, rtol=0)
+
+
+def test_ties_go_to_the_earlier_token_and_the_first_is_always_kept():
+    significance = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0], [3.0, 0.0, 0.0, 0.0, 0.0]])
+    slots, alive = select_slots(significance, None, [3, 3])
+    assert slots.tolist() == [[0, 1, 3], [0, 1, 2]]
+    assert alive is None
+    slots, alive = select_slots(significance, torch.tensor([[False, True, True, True, True], [True] * 5]), [2, 4])
+    assert slots[0, :2].tolist() == [1, 3]
+    assert slots[1].tolist() == [0, 1, 2, 3]
+    assert alive.tolist() == [[True, True, False, False], [True] * 4]
+
+
+@pytest.mark.parametrize("significance", SIGNIFICANCES)
+def test_a_batch_with_a_row_of_padding_only_runs(significance):
+    model = tiny_model(significance=significance)
+    input_ids, _ = right_padded(model.config, [6, 6])
+    mask = torch.tensor([[1] * 6, [0] * 6])
+    outputs = model(input_ids, mask, length_config=[0.5, 0.5, 0.3], output_kept_tokens=True)
+    assert torch.isfinite(outputs.start_logits).all()
+    assert [kept[1].unique().tolist() for kept in outputs.kept_tokens] == [[-1]] * 3
+    alone = model(input_ids[1:], mask[1:], length_config=[0.5, 0.5, 0.3])
+    assert (alone.start_logits == torch.finfo(torch.float32).min).all()
+
+
+@pytest.mark.parametrize(
+    "significance, length_config, maps",
+    [("attention", [5, 5, 3], 2), ("attention", "full", 0), ("learned", [5, 5, 3], 0), ("learned", "full", 0)],
+)
+def test_attention_maps_are_made_only_where_significance_needs_them(monkeypatch, significance, length_config, maps):
+    model = tiny_model(significance=significance)
+    fused = []
+    original = modeling_qualaminilm.F.scaled_dot_product_attention
+
+    def spy(*args, **kwargs):
+        fused.append(True)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(modeling_qualaminilm.F, "scaled_dot_product_attention", spy)
+    input_ids, mask = right_padded(model.config, [8])
+    outputs = model(input_ids, mask, length_config=length_config)
+    assert len(fused) == 3 - maps  # of three layers, the first and the last drop at [5, 5, 3]
+    assert outputs.attentions is None
+
+
+def test_attentions_on_request_are_bert_s():
+    model = tiny_model()
+    reference = BertForQuestionAnswering(
+        BertConfig(**{name: getattr(model.config, name) for name in BertConfig().to_dict() if hasattr(model.config, name)})
+    ).eval()
+    reference.set_attn_implementation("eager")
+    reference.load_state_dict(model.state_dict())
+    input_ids, _ = right_padded(model.config, [9, 9])
+    found = model(input_ids, output_attentions=True).attentions
+    for mine, theirs in zip(found, reference(input_ids, output_attentions=True).attentions):
+        torch.testing.assert_close(mine, theirs)
+    dropping = model(input_ids, output_attentions=True, length_config=[6, 6, 4]).attentions
+    assert [tuple(each.shape) for each in dropping] == [(2, 2, 9, 9), (2, 2, 6, 6), (2, 2, 6, 6)]
+
+
+def test_outputs_as_a_tuple_and_on_request_only():
+    model = tiny_model()
+    input_ids, mask = right_padded(model.config, [7, 4])
+    by_name = model(input_ids, mask)
+    assert list(by_name) == ["start_logits", "end_logits"]
+    start, end = model(input_ids, mask, return_dict=False)
+    assert torch.equal(start, by_name.start_logits) and torch.equal(end, by_name.end_logits)
+    hidden = model.bert(input_ids, mask, output_hidden_states=True)
+    assert len(hidden.hidden_states) == 4
+    assert torch.equal(hidden.hidden_states[-1], hidden.last_hidden_state)
+
+
+def test_inputs_embeds_give_what_input_ids_give():
+    for family in FAMILIES:
+        model = tiny_model(embedding_type=family)
+        input_ids, _ = right_padded(model.config, [8, 8])
+        embeds = model.get_input_embeddings()(input_ids)
+        torch.testing.assert_close(model(inputs_embeds=embeds).start_logits, model(input_ids).start_logits)
+        with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+            model(input_ids, inputs_embeds=embeds)
+
+
+@pytest.mark.parametrize("family, room", [("bert", 66), ("roberta", 64)])
+def test_bad_inputs_are_named(family, room):
+    model = tiny_model(embedding_type=family)
+    model(torch.full((1, room), 5))
+    with pytest.raises(ValueError, match=f"{room + 1} tokens long, the model has positions for {room}"):
+        model(torch.full((1, room + 1), 5))
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\), expected \(1, 4\)"):
+        model(torch.full((1, 4), 5), torch.ones(1, 3))
+    with pytest.raises(ValueError, match="entry 1 of length_config is 9"):
+        model(torch.full((1, 4), 5), length_config=[4, 9, 2])
+    with pytest.raises(ValueError, match="no preset"):
+        QuaLAMiniLMModel(tiny_config(length_config="quick"))
+
+
+def test_the_call_s_length_config_wins_over_the_configuration_s():
+    model = tiny_model()
+    input_ids, _ = right_padded(model.config, [10])
+    call = model(input_ids, length_config=[6, 4, 2]).start_logits
+    model.config.length_config = [6, 4, 2]
+    assert torch.equal(model(input_ids).start_logits, call)
+    assert not torch.equal(model(input_ids, length_config="full").start_logits, call)
+
+
+def test_embeddings_can_be_resized():
+    model = tiny_model()
+    input_ids, _ = right_padded(model.config, [6])
+    before = model(input_ids).start_logits
+    model.resize_token_embeddings(70)
+    assert model.get_input_embeddings().num_embeddings == model.config.vocab_size == 70
+    assert torch.equal(model(input_ids).start_logits, before)
+    model(torch.tensor([[2, 69]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("significance", SIGNIFICANCES)
+def test_half_precision_runs_close_to_single(dtype, significance):
+    model = tiny_model(significance=significance)
+    input_ids, mask = right_padded(model.config, [9, 5])
+    exact = model(input_ids, mask).start_logits
+    half = model.to(dtype)
+    found = half(input_ids, mask).start_logits
+    assert found.dtype == dtype
+    torch.testing.assert_close(found[mask.bool()].float(), exact[mask.bool()], atol=0.1, rtol=0.1)
+    assert (found[~mask.bool()] == torch.finfo(dtype).min).all()
+    dropped = half(input_ids, mask, length_config=[0.6, 0.5, 0.4], output_kept_tokens=True)
+    assert [kept.shape[1] for kept in dropped.kept_tokens] == [6, 5, 4]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("significance", SIGNIFICANCES)
+def test_cuda_computes_what_the_cpu_does(significance):
+    model = tiny_model(significance=significance)
+    input_ids, mask = right_padded(model.config, [9, 5])
+    expected = model(input_ids, mask, length_config=[0.7, 0.5, 0.4]).start_logits
+    found = model.cuda()(input_ids.cuda(), mask.cuda(), length_config=[0.7, 0.5, 0.4]).start_logits
+    torch.testing.assert_close(found.cpu()[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_gradients_reach_every_weight_with_and_without_checkpointing(implementation):
+    gradients = []
+    for checkpointing in (False, True):
+        model = tiny_model(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0).train()
+        model.set_attn_implementation(implementation)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        input_ids, mask = right_padded(model.config, [9, 5])
+        labels = torch.tensor([2, 3])
+        model(
+            input_ids, mask, start_positions=labels, end_positions=labels, length_config=[0.7, 0.5, 0.4]
+        ).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    assert all(gradient.abs().sum() > 0 for name, gradient in gradients[0].items() if "key.bias" not in name)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
