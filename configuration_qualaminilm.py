@@ -1,5 +1,6 @@
 """Sizes of a QuaLA-MiniLM, its presets, and what a legal `length_config` is."""
 
+import copy
 import json
 import os
 from dataclasses import dataclass
@@ -11,6 +12,18 @@ from transformers.utils import cached_file
 
 PRESETS_FILE = "length_configs.json"
 CODE_FILES = ("configuration_qualaminilm.py", "modeling_qualaminilm.py", "pipeline_qualaminilm.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_qualaminilm.QuaLAMiniLMConfig",
+    "AutoModel": "modeling_qualaminilm.QuaLAMiniLMModel",
+    "AutoModelForQuestionAnswering": "modeling_qualaminilm.QuaLAMiniLMForQuestionAnswering",
+}
+CUSTOM_PIPELINES = {
+    "question-answering": {
+        "impl": "pipeline_qualaminilm.QuestionAnsweringPipeline",
+        "pt": ["AutoModelForQuestionAnswering"],
+        "type": "text",
+    }
+}
 ACCEPTED = (
     "a preset's name, one int >= 2 a layer, one float in (0, 1] a layer, or {'max_macs': share in (0, 1]}; "
     "entries are non-increasing"
@@ -104,25 +117,19 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         self.embedding_type = embedding_type
         self.significance = significance
         self.length_config = length_config
-        self.length_presets = {"full": {"length_config": [1.0] * num_hidden_layers}, **(length_presets or {})}
+        full = [1.0] * num_hidden_layers
+        self.length_presets = {"full": {"length_config": full}, **(length_presets or {})}
+        if self.length_presets["full"]["length_config"] != full:
+            raise ValueError(f"preset 'full' is {self.length_presets['full']['length_config']!r}, expected {full}")
         super().__init__(pad_token_id=pad_token_id, **kwargs)
-        # Also where a class, not an Auto class, makes the folder: what is saved must load through Auto classes.
-        self.auto_map = {
-            "AutoConfig": "configuration_qualaminilm.QuaLAMiniLMConfig",
-            "AutoModel": "modeling_qualaminilm.QuaLAMiniLMModel",
-            "AutoModelForQuestionAnswering": "modeling_qualaminilm.QuaLAMiniLMForQuestionAnswering",
-        }
-        self.custom_pipelines = {
-            "question-answering": {
-                "impl": "pipeline_qualaminilm.QuestionAnsweringPipeline",
-                "pt": ["AutoModelForQuestionAnswering"],
-                "type": "text",
-            }
-        }
+        self.auto_map = dict(AUTO_MAP)
+        self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
 
     @classmethod
     def from_transformers(cls, config, **kwargs):
         """The configuration that computes what a [`BertConfig`] or [`RobertaConfig`] does; `kwargs` go on top.
+
+        Its significance is `"attention"`: such a checkpoint has no scorers.
 
         Raises:
             ValueError: another model type, or positions that are not absolute.
@@ -137,8 +144,8 @@ class QuaLAMiniLMConfig(PretrainedConfig):
             "hidden_dropout_prob attention_probs_dropout_prob max_position_embeddings type_vocab_size "
             "initializer_range layer_norm_eps pad_token_id"
         ).split()
-        fields = {name: getattr(config, name) for name in names} | {"embedding_type": config.model_type}
-        return cls(**(fields | kwargs))
+        fields = {name: getattr(config, name) for name in names}
+        return cls(**(fields | {"embedding_type": config.model_type, "significance": "attention"} | kwargs))
 
     def token_lengths(self, length_config=None):
         """Reads a `length_config`.
@@ -173,7 +180,8 @@ class QuaLAMiniLMConfig(PretrainedConfig):
             raise ValueError(f"{name} is {entries!r}, a {type(entries).__name__}. Accepted: {ACCEPTED}")
         if len(entries) != self.num_hidden_layers:
             raise ValueError(
-                f"{name} has {len(entries)} entries, the model has {self.num_hidden_layers} layers. Accepted: {ACCEPTED}"
+                f"{name} has {len(entries)} entries, the model has {self.num_hidden_layers} layers. "
+                f"Accepted: {ACCEPTED}"
             )
         relative = not isinstance(entries[0], Integral)
         read = []
@@ -257,8 +265,8 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         """As in [`PretrainedConfig`]; `dtype` is always float32, so that both transformers lines load alike."""
         fields = super().to_dict()
         fields.pop("length_presets", None)
-        fields["dtype"] = "float32"
-        return fields
+        # transformers puts classes and other repositories' names into the last two when it loads a folder.
+        return fields | {"dtype": "float32", "auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in [`PretrainedConfig`]; also writes `length_configs.json` and the model's code, so that the folder is

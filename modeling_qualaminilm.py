@@ -266,9 +266,7 @@ class QuaLAMiniLMEncoder(nn.Module):
             keep = [lengths.kept(i, row) for row in n]
             drops = keep != counts
             entering = hidden_states
-            hidden_states, slots, handed_on, attention_map = layer(
-                entering, alive, keep if drops else None, with_maps
-            )
+            hidden_states, slots, handed_on, attention_map = layer(entering, alive, keep if drops else None, with_maps)
             if drops:
                 # What is dropped here is restored with this layer's input.
                 restored = put_back(restored, entering, positions)
@@ -293,7 +291,7 @@ class QuaLAMiniLMEncoder(nn.Module):
 
 
 def put_back(restored, hidden_states, positions):
-    """`restored` (batch, sequence, hidden) with `hidden_states` (batch, slots, hidden) at `positions` (batch, slots)."""
+    """`restored` (batch, sequence, hidden) with `hidden_states` (batch, slots, hidden) put at `positions` (batch, slots)."""
     if positions is None:
         return hidden_states
     length, hidden = restored.shape[1:]
@@ -452,10 +450,13 @@ class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             length = logits.shape[1]
-            loss = sum(
-                F.cross_entropy(each, positions.view(-1).clamp(0, length), ignore_index=length)
-                for each, positions in ((start_logits, start_positions), (end_logits, end_positions))
-            ) / 2
+            loss = (
+                sum(
+                    F.cross_entropy(each, positions.view(-1).clamp(0, length), ignore_index=length)
+                    for each, positions in ((start_logits, start_positions), (end_logits, end_positions))
+                )
+                / 2
+            )
         return QuaLAMiniLMQuestionAnsweringOutput(
             loss=loss,
             start_logits=start_logits,

@@ -74,7 +74,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         **kwargs,
     ):
         if topk is not None:
-            warnings.warn("topk parameter is deprecated, use top_k instead", UserWarning)
+            warnings.warn("topk parameter is deprecated, use top_k instead", UserWarning, stacklevel=2)
             top_k = topk if top_k is None else top_k
         for name, value, least in (
             ("top_k", top_k, 1),
@@ -107,7 +107,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
     def __call__(self, *args, num_workers=None, batch_size=None, **kwargs):
         """See the class. `num_workers` is accepted as in other pipelines and has no effect: windows are tokenised in
         the calling thread, which takes a small part of the time that the model does."""
-        examples = self._examples(args, kwargs)
+        examples, single = self._examples(args, kwargs)
         batch_size = batch_size or self._batch_size or 1
         call_parameters = self._sanitize_parameters(**kwargs)
         parameters = [
@@ -119,17 +119,17 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         answers = self._answers(examples, batch_size, *parameters)
         if not isinstance(examples, list):
             return answers
-        answers = list(answers)
-        return answers[0] if len(examples) == 1 else answers
+        return next(answers) if single else list(answers)
 
     def _examples(self, args, kwargs):
-        """The call's questions: a list of checked dicts, or an unread generator or `Dataset`."""
+        """The call's questions, a list of checked dicts or an iterator over them, and whether one answer is wanted
+        rather than a list."""
         if args:
             inputs = args[0] if len(args) == 1 else list(args)
             if len(args) == 2 and all(isinstance(argument, str) for argument in args):
                 inputs = {"question": args[0], "context": args[1]}
         elif "X" in kwargs or "data" in kwargs:
-            inputs = kwargs.pop("X", None) or kwargs.pop("data", None)
+            inputs = kwargs.pop("X" if "X" in kwargs else "data")
         elif "question" in kwargs and "context" in kwargs:
             question, context = kwargs.pop("question"), kwargs.pop("context")
             if isinstance(question, list):
@@ -146,10 +146,11 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         else:
             raise ValueError(f"Unknown arguments {kwargs}")
         if isinstance(inputs, (types.GeneratorType, Dataset)):
-            return (example for item in inputs for example in self._checked(item))
-        if isinstance(inputs, dict) or not isinstance(inputs, Iterable):
-            inputs = [inputs]
-        return [example for item in inputs for example in self._checked(item)]
+            return (example for item in inputs for example in self._checked(item)), False
+        inputs = [inputs] if isinstance(inputs, dict) or not isinstance(inputs, Iterable) else list(inputs)
+        examples = [self._checked(item) for item in inputs]
+        single = len(examples) == 1 and not (isinstance(inputs[0], dict) and isinstance(inputs[0]["question"], list))
+        return [example for of_item in examples for example in of_item], single
 
     def _checked(self, item):
         """The examples that an item stands for: itself, or one for each question of a dict of lists."""
@@ -173,6 +174,8 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             elif not isinstance(text, list):
                 raise ValueError(f"`{name}` is {text!r}, expected a str")
         if isinstance(item["question"], list):
+            if not isinstance(item["context"], list) or len(item["question"]) != len(item["context"]):
+                raise ValueError("Questions and contexts don't have the same lengths")
             samples = self.create_sample(item["question"], item["context"])
             return [example for sample in samples for example in self._checked(sample)]
         if isinstance(item["context"], list):
@@ -200,9 +203,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         if waiting:
             yield from run()
 
-    def preprocess(
-        self, example, padding="do_not_pad", doc_stride=None, max_question_len=None, max_seq_len=None
-    ):
+    def preprocess(self, example, padding="do_not_pad", doc_stride=None, max_question_len=None, max_seq_len=None):
         """Yields a dict for each window of the example: its `tokenizers.Encoding` and the range of its context."""
         question, context = example["question"], example["context"]
         if max_seq_len is None:

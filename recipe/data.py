@@ -10,7 +10,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import datasets
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
+
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 
 VALIDATION_PERCENT = 5
 SPLITS = ("all", "train", "validation")
@@ -95,12 +97,21 @@ def cap_questions_per_paragraph(questions, limit, seed):
     return questions.select(sorted(row for rows in by_context.values() for row in rows))
 
 
+def load_config(folder):
+    """Our configuration for the folder's model: its own, or the one that computes what its BERT or RoBERTa does."""
+    model_type = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
+    if model_type == QuaLAMiniLMConfig.model_type:
+        return QuaLAMiniLMConfig.from_pretrained(folder)
+    return QuaLAMiniLMConfig.from_transformers(AutoConfig.from_pretrained(folder))
+
+
 def load_tokenizer(folder):
     """The folder's fast tokenizer, without truncation and padding of its own.
 
     Sentence-embedding checkpoints store both, at 128 tokens, in tokenizer.json: they would silently cut contexts.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    # With the configuration at hand transformers does not ask whether to run the folder's code to read it.
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=load_config(folder))
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     for setting in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id"):
@@ -119,7 +130,8 @@ def training_features(questions, tokenizer, max_length, doc_stride):
 
     Returns:
         `datasets.Dataset`, one row a window: input_ids, token_type_ids, length (tokens), and starts and ends, two
-        lists with the first and last token of each answer that lies wholly in the window. Windows without an answer are left out.
+        lists with the first and last token of each answer that lies wholly in the window. Windows without an answer are
+        left out.
     """
 
     def encode(batch):

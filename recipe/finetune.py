@@ -13,13 +13,12 @@ from pathlib import Path
 import datasets
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
+from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 
-from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
-from recipe.data import cap_questions_per_paragraph, load_tokenizer, read_questions, training_features
+from recipe.data import cap_questions_per_paragraph, load_config, load_tokenizer, read_questions, training_features
 
 # Softens teacher and student alike, so that what the teacher thinks of the second-best span is heard (Hinton et al.,
 # arXiv:1503.02531); the usual factor of its square keeps the gradient's size.
@@ -164,11 +163,7 @@ def load_model(folder):
     Without dropout inside attention, and with attention step by step: with either the other way, torch's CPU attention
     takes most of a training step.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
-    if config.model_type == QuaLAMiniLMConfig.model_type:
-        config = QuaLAMiniLMConfig.from_pretrained(folder)
-    else:
-        config = QuaLAMiniLMConfig.from_transformers(config, significance="attention")
+    config = load_config(folder)
     config.attention_probs_dropout_prob = 0.0
     implementation = "sdpa" if torch.cuda.is_available() else "eager"
     return QuaLAMiniLMForQuestionAnswering.from_pretrained(folder, config=config, attn_implementation=implementation)
@@ -182,9 +177,7 @@ def main():
 
     def features_of(split):
         tables = [
-            cap_questions_per_paragraph(
-                read_questions(source, split), arguments.questions_per_paragraph, training.seed
-            )
+            cap_questions_per_paragraph(read_questions(source, split), arguments.questions_per_paragraph, training.seed)
             for source in arguments.train
         ]
         return training_features(

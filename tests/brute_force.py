@@ -1,4 +1,4 @@
-"""The model computed one row and one token at a time, from the paper's description: no gathers, no batches, no masks."""
+"""The model computed one row and one token at a time, from the paper's description: no gathers, batches or masks."""
 
 import math
 

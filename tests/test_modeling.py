@@ -1,10 +1,10 @@
 import pytest
 import torch
-from conftest import right_padded, tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForQuestionAnswering, RobertaConfig, RobertaForQuestionAnswering
 
+from conftest import right_padded, tiny_config
 from qualaminilm import modeling_qualaminilm
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering, QuaLAMiniLMModel, select_slots
@@ -64,7 +64,7 @@ def test_full_model_computes_what_transformers_own_class_does(reference_class, c
     config.vocab_size = 500
     reference = reference_class(config).eval()
     model = QuaLAMiniLMForQuestionAnswering._from_config(
-        QuaLAMiniLMConfig.from_transformers(config, significance="attention"), attn_implementation=implementation
+        QuaLAMiniLMConfig.from_transformers(config), attn_implementation=implementation
     ).eval()
     model.load_state_dict(
         {name.replace("roberta.", "bert.", 1): tensor for name, tensor in reference.state_dict().items()}
@@ -196,7 +196,9 @@ def test_attention_maps_are_made_only_where_significance_needs_them(monkeypatch,
 def test_attentions_on_request_are_bert_s():
     model = tiny_model()
     reference = BertForQuestionAnswering(
-        BertConfig(**{name: getattr(model.config, name) for name in BertConfig().to_dict() if hasattr(model.config, name)})
+        BertConfig(
+            **{name: getattr(model.config, name) for name in BertConfig().to_dict() if hasattr(model.config, name)}
+        )
     ).eval()
     reference.set_attn_implementation("eager")
     reference.load_state_dict(model.state_dict())

@@ -1,0 +1,235 @@
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForQuestionAnswering, BertConfig, GPT2Config, RobertaConfig
+
+from conftest import ROOT, TRANSFORMERS_5, tiny_config
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+
+PAPER_CONFIGS = {(384,) * 6: 4.76e9, (315, 251, 242, 159, 142, 33): 2.55e9}
+
+
+def presets(**configs):
+    return {name: {"length_config": entries, "validation": {"f1": f1}} for name, (entries, f1) in configs.items()}
+
+
+@given(st.integers(1, 1000), st.integers(0, 600))
+def test_a_share_keeps_its_part_of_the_real_tokens_rounded_up(thousandths, n):
+    kept = tiny_config().token_lengths([thousandths / 1000] * 3).kept(0, n)
+    up = -(-thousandths * n // 1000)
+    assert kept == min(n, max(2, up))
+
+
+@pytest.mark.parametrize(
+    "length_config, n, kept",
+    [
+        ((315, 251, 242), 384, [315, 251, 242]),
+        ([315, 251, 242], 250, [250, 250, 242]),
+        ([2, 2, 2], 1, [1, 1, 1]),
+        ([0.5, 0.25, 0.001], 10, [5, 3, 2]),
+        ([1.0, 0.6674, 0.3], 3, [3, 3, 2]),  # 0.667 of 3 is 2.001
+        ([np.float32(0.5), np.float64(0.25), 0.25], 100, [50, 25, 25]),
+        (np.array([7, 5, 3]).tolist(), 384, [7, 5, 3]),
+        ("full", 384, [384, 384, 384]),
+        (None, 384, [384, 384, 384]),
+    ],
+)
+def test_legal_length_configs(length_config, n, kept):
+    lengths = tiny_config().token_lengths(length_config)
+    assert [lengths.kept(layer, n) for layer in range(3)] == kept
+
+
+@pytest.mark.parametrize(
+    "length_config, complaint",
+    [
+        ("quick", "'quick', which is no preset; the presets are 'full', 'half'"),
+        ([4, 3], "has 2 entries, the model has 3 layers"),
+        ([], "has 0 entries"),
+        ([4, 3, 1], "entry 2 of length_config is 1, less than 2"),
+        ([4, 3, 5], "entry 2 of length_config is 5, more than the entry before it, 3"),
+        ([0.5, 0.6, 0.5], "entry 1 of length_config is 0.6, more than the entry before it, 0.5"),
+        ([0.5, 0.5, 0.0], r"entry 2 of length_config is 0.0, not in \(0, 1\]"),
+        ([0.5, 0.5, 0.0004], r"entry 2 of length_config is 0.0004, not in \(0, 1\]"),
+        ([1.1, 0.5, 0.5], r"entry 0 of length_config is 1.1, not in \(0, 1\]"),
+        ([float("nan"), 0.5, 0.5], "entry 0 of length_config is nan"),
+        ([0.5, 2, 0.5], "entry 1 of length_config is 2, an int among floats"),
+        ([4, 0.5, 2], "entry 1 of length_config is 0.5, a float among ints"),
+        ([4, True, 2], "entry 1 of length_config is True, a bool"),
+        ([True, True, True], "entry 0 of length_config is True, a bool"),
+        ([4, "3", 2], "entry 1 of length_config is '3', a str"),
+        ([None, 3, 2], "entry 0 of length_config is None, a NoneType"),
+        (4, "length_config is 4, a int"),
+        (True, "length_config is True, a bool"),
+        ({4, 3, 2}, "a set"),
+        ({"max_macs": 0}, "length_config is {'max_macs': 0}"),
+        ({"max_macs": 1.5}, "length_config is {'max_macs': 1.5}"),
+        ({"max_macs": True}, "length_config is {'max_macs': True}"),
+        ({"max_macs": "0.5"}, "length_config is {'max_macs': '0.5'}"),
+        ({"macs": 0.5}, "length_config is {'macs': 0.5}"),
+        ({}, "length_config is {}"),
+        ({"max_macs": 0.1}, "the cheapest preset, 'half', has a MACs share of 0.512"),
+    ],
+)
+def test_illegal_length_configs_are_named(length_config, complaint):
+    config = tiny_config(length_presets=presets(half=([0.5, 0.5, 0.5], 80)))
+    with pytest.raises(ValueError, match=complaint) as raised:
+        config.token_lengths(length_config)
+    assert "Accepted: a preset's name, one int >= 2 a layer" in str(raised.value) or "cheapest" in str(raised.value)
+
+
+def test_max_macs_picks_the_best_preset_that_is_cheap_enough():
+    config = tiny_config(
+        length_presets=presets(
+            large=([0.9] * 3, 85), medium=([0.5] * 3, 80), odd=([0.4] * 3, 82), small=([0.2] * 3, 60)
+        )
+    )
+    shares = {name: config.macs_share(name) for name in config.length_presets}
+    assert shares["full"] == 1
+    for limit, best in ((0.95, "large"), (shares["medium"], "odd"), (shares["small"], "small")):
+        assert config.token_lengths({"max_macs": limit}) == config.token_lengths(best)
+    # Without measurements, the one that spends most of what is allowed.
+    config = tiny_config(length_presets={"half": {"length_config": [0.5] * 3}})
+    assert config.token_lengths({"max_macs": 1}) == config.token_lengths("full")
+
+
+@pytest.mark.parametrize("length_config, macs", PAPER_CONFIGS.items())
+def test_macs_by_formula_are_the_paper_s(length_config, macs):
+    config = QuaLAMiniLMConfig(significance="attention")
+    assert config.macs(length_config) == pytest.approx(macs, rel=0.002)
+    assert config.macs("full") == 6 * (4 * 384 * 384**2 + 2 * 384**3 + 2 * 384 * 384 * 1536)
+
+
+def test_macs_of_learned_significance_by_hand():
+    config = tiny_config(significance="learned")  # d 16, d_ff 24
+    by_hand = 0
+    for n_in, n_out in ((10, 5), (5, 4), (4, 2)):
+        by_hand += 2 * n_in * 16 * 16 + 2 * n_out * 16 * 16 + 2 * n_in * n_out * 16 + 2 * n_out * 16 * 24
+    assert config.macs([5, 4, 2], n=10) == by_hand
+
+
+def test_bad_fields_are_named():
+    with pytest.raises(ValueError, match="significance is 'magic', expected one of"):
+        QuaLAMiniLMConfig(significance="magic")
+    with pytest.raises(ValueError, match="embedding_type is 'gpt'"):
+        QuaLAMiniLMConfig(embedding_type="gpt")
+    with pytest.raises(ValueError, match=r"preset 'full' is \[0.5, 0.5, 0.5\]"):
+        tiny_config(length_presets=presets(full=([0.5] * 3, 80)))
+    with pytest.raises(ValueError, match=r"hidden_size \(10\) is not a multiple of num_attention_heads \(3\)"):
+        QuaLAMiniLMConfig(hidden_size=10, num_attention_heads=3)
+    with pytest.raises(ValueError, match="config.model_type is 'gpt2'"):
+        QuaLAMiniLMConfig.from_transformers(GPT2Config())
+    config = BertConfig()
+    config.position_embedding_type = "relative_key"
+    with pytest.raises(ValueError, match="position_embedding_type is 'relative_key'"):
+        QuaLAMiniLMConfig.from_transformers(config)
+
+
+def test_from_transformers_takes_every_size():
+    config = RobertaConfig(
+        vocab_size=77, hidden_size=24, num_hidden_layers=5, num_attention_heads=3, pad_token_id=1, layer_norm_eps=1e-5
+    )
+    ours = QuaLAMiniLMConfig.from_transformers(config)
+    assert ours.embedding_type == "roberta"
+    assert (ours.vocab_size, ours.hidden_size, ours.num_hidden_layers, ours.num_attention_heads) == (77, 24, 5, 3)
+    assert (ours.pad_token_id, ours.layer_norm_eps, ours.significance) == (1, 1e-5, "attention")
+
+
+def save(folder, **kwargs):
+    model = QuaLAMiniLMForQuestionAnswering(tiny_config(**kwargs))
+    model.save_pretrained(folder)
+    return model
+
+
+def test_a_saved_folder_is_a_complete_repository(tmp_path):
+    half = presets(half=([0.5, 0.5, 0.25], 80))
+    save(tmp_path, length_presets=half, length_config="half")
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"config.json", "model.safetensors", "length_configs.json", "pipeline_qualaminilm.py"} < names
+    assert not [name for name in names if name.endswith(".unfinished")]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "length_presets" not in config and config["dtype"] == "float32"
+    loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path, trust_remote_code=True)
+    assert loaded.length_presets == ["full", "half"]
+    assert loaded.config.token_lengths() == loaded.config.token_lengths([0.5, 0.5, 0.25])
+    # And again from the class that transformers copied to its cache.
+    again = tmp_path / "again"
+    loaded.save_pretrained(again)
+    assert {path.name for path in again.iterdir()} == names
+    assert json.loads((again / "length_configs.json").read_text())["presets"]["half"] == half["half"]
+    config = AutoConfig.from_pretrained(again, trust_remote_code=True, length_config="full")
+    assert config.length_config == "full"
+    assert config.auto_map["AutoConfig"] == "configuration_qualaminilm.QuaLAMiniLMConfig"
+
+
+def test_length_config_at_load(tmp_path):
+    save(tmp_path)
+    for wanted in ([4, 3, 2], "full", {"max_macs": 1.0}):
+        model = AutoModelForQuestionAnswering.from_pretrained(tmp_path, trust_remote_code=True, length_config=wanted)
+        assert model.config.length_config == wanted
+    with pytest.raises(ValueError, match="entry 2 of length_config is 1"):
+        AutoModelForQuestionAnswering.from_pretrained(tmp_path, trust_remote_code=True, length_config=[4, 3, 1])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_half_precision_file_loads_as_float32(tmp_path, dtype):
+    import torch
+
+    model = save(tmp_path).to(getattr(torch, dtype))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    loaded = AutoModelForQuestionAnswering.from_pretrained(tmp_path, trust_remote_code=True)
+    assert loaded.dtype == torch.float32
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.float())
+    half = AutoModelForQuestionAnswering.from_pretrained(tmp_path, trust_remote_code=True, dtype=dtype)
+    assert half.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize(
+    "content, complaint",
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "has no object 'presets'"),
+        ('{"num_hidden_layers": 3, "presets": []}', "has no object 'presets'"),
+        ('{"num_hidden_layers": 4, "presets": {}}', "num_hidden_layers is 4 in .*, 3 in config.json"),
+        ('{"num_hidden_layers": 3, "presets": {"fast": {}}}', "preset 'fast' in .* has no 'length_config'"),
+        (
+            '{"num_hidden_layers": 3, "presets": {"fast": {"length_config": [2, 2, 9]}}}',
+            "entry 2 of preset 'fast' is 9",
+        ),
+    ],
+)
+def test_a_broken_presets_file_is_named_at_load(tmp_path, content, complaint):
+    save(tmp_path)
+    (tmp_path / "length_configs.json").write_text(content)
+    with pytest.raises(ValueError, match=complaint):
+        AutoModelForQuestionAnswering.from_pretrained(tmp_path, trust_remote_code=True, length_config="fast")
+
+
+def test_a_folder_of_the_other_transformers_line_loads(tmp_path):
+    """The two lines' environments stand side by side; each reads what the other wrote, logits and all."""
+    import subprocess
+
+    import torch
+
+    other = ROOT / (".venv-4" if TRANSFORMERS_5 else ".venv") / "bin" / "python"
+    if not other.exists():
+        pytest.skip(f"{other} is missing")
+    script = (
+        "import sys, torch; sys.path[:0] = ['.', 'tests']\n"
+        "from conftest import tiny_config\n"
+        "from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering as Model\n"
+        "model = Model(tiny_config(length_presets={'half': {'length_config': [.5, .5, .5]}})).eval()\n"
+        f"model.half().save_pretrained({str(tmp_path)!r})\n"
+        "logits = model.float()(torch.arange(9)[None], length_config='half').start_logits\n"
+        f"torch.save(logits, {str(tmp_path / 'logits')!r})"
+    )
+    subprocess.run([other, "-c", script], cwd=ROOT, check=True, capture_output=True)
+    model = AutoModelForQuestionAnswering.from_pretrained(tmp_path, trust_remote_code=True)
+    assert model.dtype == torch.float32
+    expected = torch.load(tmp_path / "logits", weights_only=True)
+    torch.testing.assert_close(model(torch.arange(9)[None], length_config="half").start_logits, expected)

