@@ -291,7 +291,8 @@ class QuaLAMiniLMEncoder(nn.Module):
 
 
 def put_back(restored, hidden_states, positions):
-    """`restored` (batch, sequence, hidden) with `hidden_states` (batch, slots, hidden) put at `positions` (batch, slots)."""
+    """Puts `hidden_states` (batch, slots, hidden) at `positions` (batch, slots) of `restored` (batch, sequence,
+    hidden); slots at position `sequence` are dead."""
     if positions is None:
         return hidden_states
     length, hidden = restored.shape[1:]

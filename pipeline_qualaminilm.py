@@ -3,6 +3,8 @@
 Answers, spans and scores at `top_k=1` are those of the `QuestionAnsweringPipeline` of transformers 4.57.
 """
 
+import bisect
+import heapq
 import types
 import warnings
 from collections.abc import Iterable
@@ -187,8 +189,8 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         waiting, answered = [], []
 
         def run():
-            outputs = self.forward(waiting[:batch_size], **forward)
-            del waiting[:batch_size]
+            outputs = self.forward(waiting, **forward)
+            waiting.clear()
             for output in outputs:
                 answered.append(output)
                 if output["is_last"]:
@@ -294,14 +296,14 @@ class QuestionAnsweringPipeline(ChunkPipeline):
                 known = answers.setdefault(answer["answer"].lower(), answer)
                 if known is not answer:
                     known["score"] += answer["score"]
-        merged, depth = set(answers), MERGED_CANDIDATES
-        while len(answers) < top_k and any(window.size > depth for window in windows):
-            for window in windows:
-                for answer in window.best(depth, 2 * depth):
-                    text = answer["answer"].lower()
-                    if text not in merged and answer["score"] > answers.get(text, {"score": -1.0})["score"]:
-                        answers[text] = answer
-            depth *= 2
+        if top_k > 1:
+            merged = sorted(-answer["score"] for answer in answers.values())
+            rest = (window.best(MERGED_CANDIDATES, window.size) for window in windows)
+            for answer in heapq.merge(*rest, key=lambda answer: -answer["score"]):
+                better = bisect.bisect_right(merged, -answer["score"]) + len(answers) - len(merged)
+                if better >= top_k:
+                    break
+                answers.setdefault(answer["answer"].lower(), answer)
         answers = list(answers.values())
         if handle_impossible_answer:
             answers.append({"score": min(window.null_score for window in windows), "start": 0, "end": 0, "answer": ""})
