@@ -1,5 +1,5 @@
-QUESTION ?= How many tokens does the last layer keep?
-CONTEXT ?= QuaLA-MiniLM drops tokens as they rise through its six layers. In the paper's configuration the first layer keeps 315 of 384 tokens and the last layer keeps 33.
+QUESTION ?= Where do I live?
+CONTEXT ?= My name is Wolfgang and I live in Berlin.
 
 # Taken as typed, not as make would expand them: a $ or a quote in a question is text.
 override export QUESTION := $(value QUESTION)

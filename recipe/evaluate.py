@@ -72,16 +72,10 @@ def parse_length_config(text):
 
 
 def record_in_presets(folder, name, split, scores):
-    """Writes a preset's MACs, lengths and scores into the folder's length_configs.json."""
+    """Writes a preset's scores, in percent to two decimals, into the folder's length_configs.json."""
+    QuaLAMiniLMConfig.from_pretrained(folder).token_lengths(name)
     path = Path(folder) / PRESETS_FILE
     content = json.loads(path.read_text(encoding="utf-8"))
-    config = QuaLAMiniLMConfig.from_pretrained(folder)
-    lengths = config.token_lengths(name)
-    content["presets"][name].update(
-        lengths_at_384=[lengths.kept(layer, 384) for layer in range(config.num_hidden_layers)],
-        macs_at_384=config.macs(name),
-        macs_share=round(config.macs_share(name), 4),
-    )
     content["presets"][name][split] = {key: round(value, 2) for key, value in scores.items()}
     write_json(path, content)
 

@@ -31,6 +31,6 @@ def test_make_answer_prints_one_line_whatever_is_in_the_texts(by):
 
 def test_make_answer_has_defaults_and_names_bad_input():
     done = subprocess.run(["make", "--silent", "answer"], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "33"
+    assert done.stdout.strip() == "Berlin"
     done = subprocess.run(["make", "--silent", "answer", "CONTEXT="], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and done.stdout == "" and "`context` cannot be empty" in done.stderr
