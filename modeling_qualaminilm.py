@@ -102,8 +102,9 @@ class QuaLAMiniLMSelfAttention(nn.Module):
         self.value = nn.Linear(config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, query_states, hidden_states, mask, with_map):
-        """Attention of `query_states` (batch, queries, hidden) over `hidden_states` (batch, keys, hidden).
+    def forward(self, query_states, hidden_states, alive, with_map):
+        """Attention of `query_states` (batch, queries, hidden) over `hidden_states` (batch, keys, hidden), of which
+        those are looked at that are `alive` (bool (batch, keys), or `None`: all).
 
         Returns the context (batch, queries, hidden) and, if `with_map`, the probabilities before dropout
         (batch, heads, queries, keys), else `None`.
@@ -116,8 +117,10 @@ class QuaLAMiniLMSelfAttention(nn.Module):
                 (self.value, hidden_states),
             )
         )
-        if mask is not None:
-            mask = mask.to(query.dtype)
+        mask = None
+        if alive is not None:
+            # Not -inf, which makes a row of nothing but padding NaN.
+            mask = query.new_zeros(alive.shape).masked_fill_(~alive, torch.finfo(query.dtype).min)[:, None, None]
         if with_map:
             # Autocast would carry the maps, the largest tensors of all, through float32.
             with torch.autocast(query.device.type, enabled=False):
@@ -185,16 +188,12 @@ class QuaLAMiniLMLayer(GradientCheckpointingLayer):
             tuple: hidden states handed on `(batch, k, hidden)`; their slots (int64 `(batch, k)`), `None` if all were
             handed on; which of these are alive (bool `(batch, k)`), `None` if all; and the attention map or `None`.
         """
-        mask = None
-        if alive is not None:
-            mask = torch.zeros(alive.shape, device=alive.device)
-            mask = mask.masked_fill_(~alive, torch.finfo(hidden_states.dtype).min)[:, None, None]
         slots, handed_on, residual = None, alive, hidden_states
         if keep is not None and self.scorer is not None:
             slots, handed_on = select_slots(self.scorer(hidden_states).squeeze(-1), alive, keep)
             residual = take_slots(hidden_states, slots)
         by_attention = keep is not None and self.scorer is None
-        context, attention_map = self.attention.self(residual, hidden_states, mask, with_map or by_attention)
+        context, attention_map = self.attention.self(residual, hidden_states, alive, with_map or by_attention)
         if by_attention:
             slots, handed_on = select_slots(received_attention(attention_map, alive), alive, keep)
             context, residual = take_slots(context, slots), take_slots(hidden_states, slots)

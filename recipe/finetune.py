@@ -47,7 +47,7 @@ class FinetuneArguments:
 
 @dataclass
 class FinetuneTrainingArguments(TrainingArguments):
-    learning_rate: float = 1e-4
+    learning_rate: float = 1.5e-4
     per_device_train_batch_size: int = 32
     per_device_eval_batch_size: int = 64
     num_train_epochs: float = 3

@@ -169,6 +169,10 @@ def test_a_batch_with_a_row_of_padding_only_runs(significance):
     outputs = model(input_ids, mask, length_config=[0.5, 0.5, 0.3], output_kept_tokens=True)
     assert torch.isfinite(outputs.start_logits).all()
     assert [kept[1].unique().tolist() for kept in outputs.kept_tokens] == [[-1]] * 3
+    with torch.autocast("cpu", torch.bfloat16):
+        for implementation in ("sdpa", "eager"):
+            model.set_attn_implementation(implementation)
+            assert torch.isfinite(model(input_ids, mask, length_config=[0.5, 0.5, 0.3]).start_logits).all()
     alone = model(input_ids[1:], mask[1:], length_config=[0.5, 0.5, 0.3])
     assert (alone.start_logits == torch.finfo(torch.float32).min).all()
 

@@ -90,6 +90,21 @@ def test_bad_sources_are_named(tmp_path):
         read_questions(tmp_path / "other.json", "dev")
 
 
+def test_a_name_on_the_hub_is_loaded_from_there(monkeypatch):
+    rows = [{"id": str(i), "title": f"t{i}", "context": "c", "question": "q", "answers": {}} for i in range(200)]
+    asked = []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return Dataset.from_list(rows)
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    assert len(read_questions("rajpurkar/squad")) == 200
+    train, validation = (read_questions("rajpurkar/squad:validation", split) for split in ("train", "validation"))
+    assert len(train) + len(validation) == 200 and len(validation) > 0
+    assert asked == [("rajpurkar/squad", "train"), *[("rajpurkar/squad", "validation")] * 2]
+
+
 def test_cap_draws_at_most_so_many_questions_a_paragraph():
     rows = [{"context": f"c{i % 3}", "question": str(i)} for i in range(30)]
     capped = cap_questions_per_paragraph(Dataset.from_list(rows), 4, seed=1)
@@ -239,8 +254,7 @@ def test_a_fine_tuning_that_was_stopped_goes_on_to_the_same_weights(tmp_path, ci
         torch.testing.assert_close(resumed[name], tensor)
 
     before, after = (
-        json.loads((tmp_path / name / "all_results.json").read_text())["eval_loss"]
-        for name in ("whole", "stopped")
+        json.loads((tmp_path / name / "all_results.json").read_text())["eval_loss"] for name in ("whole", "stopped")
     )
     assert before == pytest.approx(after)
 
