@@ -8,7 +8,9 @@ from numbers import Integral, Real
 from pathlib import Path
 
 from transformers import PretrainedConfig
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
+
+logger = logging.get_logger(__name__)
 
 PRESETS_FILE = "length_configs.json"
 CODE_FILES = ("configuration_qualaminilm.py", "modeling_qualaminilm.py", "pipeline_qualaminilm.py")
@@ -153,7 +155,8 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         Args:
             length_config: a preset's name; one int >= 2 a layer (layer i keeps min(n, c_i) of a row's n real tokens);
                 one float in (0, 1] a layer, read to three decimals, p/1000 (layer i keeps
-                min(n, max(2, (p*n + 999) // 1000))); `{"max_macs": s}`, the best preset whose MACs share is at most s;
+                min(n, max(2, (p*n + 999) // 1000))); `{"max_macs": s}`, the preset of the best validation F1 (of the
+                most MACs, where not all were measured) among those whose MACs share is at most s;
                 or `None`, this configuration's own. Entries are non-increasing.
 
         Returns:
@@ -165,6 +168,8 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         if length_config is None:
             length_config = "full" if self.length_config is None else self.length_config
         if isinstance(length_config, str):
+            if length_config == "full":
+                return TokenLengths((1000,) * self.num_hidden_layers, relative=True)
             if length_config not in self.length_presets:
                 raise ValueError(
                     f"length_config is {length_config!r}, which is no preset; the presets are "
@@ -215,11 +220,9 @@ class QuaLAMiniLMConfig(PretrainedConfig):
                 f"{shares[cheapest]:.3f}"
             )
 
-        def quality(name):
-            validation = self.length_presets[name].get("validation") or {}
-            return validation.get("f1") or 0.0, shares[name]
-
-        return self.token_lengths(max(within, key=quality))
+        f1 = {name: (self.length_presets[name].get("validation") or {}).get("f1") for name in within}
+        best = max(within, key=shares.get if None in f1.values() else f1.get)
+        return self.token_lengths(best)
 
     def macs(self, length_config=None, n=384):
         """Multiply-accumulates of the layers for one row of `n` real tokens, by formula (`int`).
@@ -261,6 +264,12 @@ class QuaLAMiniLMConfig(PretrainedConfig):
             config_dict["length_presets"] = _read_presets(path, config_dict.get("num_hidden_layers"))
         return config_dict, kwargs
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        if kwargs.get("length_config", ...) is None:
+            del kwargs["length_config"]  # None inherits
+        return super().from_dict(config_dict, **kwargs)
+
     def to_dict(self):
         """As in [`PretrainedConfig`]; `dtype` is always float32, so that both transformers lines load alike."""
         fields = super().to_dict()
@@ -288,13 +297,11 @@ class QuaLAMiniLMConfig(PretrainedConfig):
             return beside
         if not self._name_or_path:
             return None
-        found = cached_file(
-            self._name_or_path,
-            name,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        return found and Path(found)
+        try:
+            return Path(cached_file(self._name_or_path, name, revision=getattr(self, "_commit_hash", None)))
+        except (OSError, ValueError) as error:
+            logger.warning(f"{name} is not saved: it is not in {self._name_or_path!r} any more ({error})")
+            return None
 
 
 def _read_presets(path, num_hidden_layers):

@@ -424,8 +424,8 @@ class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
     ):
         """
         Args:
-            start_positions, end_positions (int64 `(batch,)`): tokens the answer starts and ends at; positions beyond
-                the sequence are ignored.
+            start_positions, end_positions (int64 `(batch,)`): tokens the answer starts and ends at; positions on
+                padding or beyond the sequence are ignored.
 
         The other arguments, what is raised and what is returned: see [`QuaLAMiniLMModel.forward`] and
         [`QuaLAMiniLMQuestionAnsweringOutput`].
@@ -449,14 +449,7 @@ class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
         start_logits, end_logits = (each.contiguous() for each in logits.unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            length = logits.shape[1]
-            loss = (
-                sum(
-                    F.cross_entropy(each, positions.view(-1).clamp(0, length), ignore_index=length)
-                    for each, positions in ((start_logits, start_positions), (end_logits, end_positions))
-                )
-                / 2
-            )
+            loss = (span_loss(start_logits, start_positions, real) + span_loss(end_logits, end_positions, real)) / 2
         return QuaLAMiniLMQuestionAnsweringOutput(
             loss=loss,
             start_logits=start_logits,
@@ -465,3 +458,13 @@ class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
             attentions=outputs.attentions,
             kept_tokens=outputs.kept_tokens,
         )
+
+
+def span_loss(logits, positions, real):
+    """Mean cross-entropy of `logits` (batch, sequence) at `positions` (batch,), those that stand on a real token."""
+    length = logits.shape[1]
+    positions = positions.view(-1).clamp(0, length)
+    if real is not None:
+        on_real = F.pad(real, (0, 1)).gather(1, positions[:, None]).squeeze(1)
+        positions = positions.masked_fill(~on_real, length)
+    return F.cross_entropy(logits, positions, ignore_index=length)

@@ -5,6 +5,7 @@ Answers, spans and scores at `top_k=1` are those of the `QuestionAnsweringPipeli
 
 import bisect
 import heapq
+import threading
 import types
 import warnings
 from collections.abc import Iterable
@@ -12,11 +13,12 @@ from numbers import Integral
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 from transformers.pipelines.base import ChunkPipeline
 
-# The built-in pipeline merges the scores of a text's spans among this many best spans of a window.
-MERGED_CANDIDATES = 12
+# Among this many best spans of a window the built-in pipeline merges the scores of spans of one text: widening spans to
+# whole words makes some alike.
+MERGED_SPANS = {True: 12, False: 1}  # by align_to_words
 MAX_TOKENS_PER_CHARACTER = 4  # of a byte-level tokenizer; UTF-8 has no more bytes
 
 
@@ -48,11 +50,19 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         KeyError: a dict without `question` or `context`.
     """
 
+    # Truncation is a setting of the tokenizer object, which threads share.
+    _tokenizing = threading.Lock()
     _load_tokenizer = True
     _load_processor = False
     _load_image_processor = False
     _load_feature_extractor = False
     default_input_names = "question,context"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not getattr(self.tokenizer, "is_fast", False) or self.tokenizer.padding_side != "right":
+            raise ValueError(f"tokenizer is {self.tokenizer!r}, expected a fast tokenizer that pads on the right")
+        self._check_ints(batch_size=(self._batch_size, 1))
 
     @staticmethod
     def create_sample(question, context):
@@ -78,15 +88,13 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         if topk is not None:
             warnings.warn("topk parameter is deprecated, use top_k instead", UserWarning, stacklevel=2)
             top_k = topk if top_k is None else top_k
-        for name, value, least in (
-            ("top_k", top_k, 1),
-            ("max_answer_len", max_answer_len, 1),
-            ("max_seq_len", max_seq_len, 1),
-            ("max_question_len", max_question_len, 1),
-            ("doc_stride", doc_stride, 0),
-        ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
-                raise ValueError(f"{name} parameter should be an int >= {least} (got {value!r})")
+        self._check_ints(
+            top_k=(top_k, 1),
+            max_answer_len=(max_answer_len, 1),
+            max_seq_len=(max_seq_len, 1),
+            max_question_len=(max_question_len, 1),
+            doc_stride=(doc_stride, 0),
+        )
         if length_config is not None:
             self.model.config.token_lengths(length_config)
         preprocess = {
@@ -106,10 +114,17 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             for parameters in (preprocess, {"length_config": length_config}, postprocess)
         )
 
+    @staticmethod
+    def _check_ints(**arguments):
+        for name, (value, least) in arguments.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
+                raise ValueError(f"{name} parameter should be an int >= {least} (got {value!r})")
+
     def __call__(self, *args, num_workers=None, batch_size=None, **kwargs):
         """See the class. `num_workers` is accepted as in other pipelines and has no effect: windows are tokenised in
         the calling thread, which takes a small part of the time that the model does."""
         examples, single = self._examples(args, kwargs)
+        self._check_ints(batch_size=(batch_size, 1))
         batch_size = batch_size or self._batch_size or 1
         call_parameters = self._sanitize_parameters(**kwargs)
         parameters = [
@@ -147,7 +162,9 @@ class QuestionAnsweringPipeline(ChunkPipeline):
                 raise ValueError("Arguments can't be understood")
         else:
             raise ValueError(f"Unknown arguments {kwargs}")
-        if isinstance(inputs, (types.GeneratorType, Dataset)):
+        if isinstance(inputs, Dataset) and not isinstance(inputs, IterableDataset):
+            inputs = (inputs[i] for i in range(len(inputs)))
+        if isinstance(inputs, (types.GeneratorType, IterableDataset)):
             return (example for item in inputs for example in self._checked(item)), False
         inputs = [inputs] if isinstance(inputs, dict) or not isinstance(inputs, Iterable) else list(inputs)
         examples = [self._checked(item) for item in inputs]
@@ -212,16 +229,16 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             max_seq_len = min(self.tokenizer.model_max_length, 384)
         if max_question_len is not None:
             question = self._cut(question, max_question_len)
-        doc_stride = self._checked_stride(doc_stride, question, context, max_seq_len)
-        encoded = self.tokenizer(
-            question,
-            context,
-            padding=padding,
-            truncation="only_second",
-            max_length=max_seq_len,
-            stride=doc_stride,
-            return_overflowing_tokens=True,
-        )
+        with self._tokenizing:
+            encoded = self.tokenizer(
+                question,
+                context,
+                padding=padding,
+                truncation="only_second",
+                max_length=max_seq_len,
+                stride=self._checked_stride(doc_stride, question, context, max_seq_len),
+                return_overflowing_tokens=True,
+            )
         windows = []
         for encoding in encoded.encodings:
             sequence_ids = np.array([-1 if i is None else i for i in encoding.sequence_ids])
@@ -234,7 +251,9 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         yield from windows
 
     def _cut(self, question, max_question_len):
-        offsets = self.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        with self._tokenizing:
+            encoded = self.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
         return question if len(offsets) <= max_question_len else question[: offsets[max_question_len - 1][1]]
 
     def _checked_stride(self, doc_stride, question, context, max_seq_len):
@@ -287,18 +306,20 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         """The best answers over all windows of one example.
 
         A text's score is the sum over windows of p(start) p(end) of those of its spans that are among the window's 12
-        best; of its best span alone if none is. Scores therefore do not depend on `top_k`.
+        best (the best alone without `align_to_words`); of its best span alone if none is. Scores therefore do not
+        depend on `top_k`.
         """
+        merged_spans = MERGED_SPANS[bool(align_to_words)]
         windows = [SpanScores(output, max_answer_len, align_to_words) for output in model_outputs]
         answers = {}
         for window in windows:
-            for answer in window.best(0, MERGED_CANDIDATES):
+            for answer in window.best(0, merged_spans):
                 known = answers.setdefault(answer["answer"].lower(), answer)
                 if known is not answer:
                     known["score"] += answer["score"]
         if top_k > 1:
             merged = sorted(-answer["score"] for answer in answers.values())
-            rest = (window.best(MERGED_CANDIDATES, window.size) for window in windows)
+            rest = (window.best(merged_spans, window.size) for window in windows)
             for answer in heapq.merge(*rest, key=lambda answer: -answer["score"]):
                 better = bisect.bisect_right(merged, -answer["score"]) + len(answers) - len(merged)
                 if better >= top_k:

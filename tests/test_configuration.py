@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -91,8 +92,7 @@ def test_max_macs_picks_the_best_preset_that_is_cheap_enough():
     assert shares["full"] == 1
     for limit, best in ((0.95, "large"), (shares["medium"], "odd"), (shares["small"], "small")):
         assert config.token_lengths({"max_macs": limit}) == config.token_lengths(best)
-    # Without measurements, the one that spends most of what is allowed.
-    config = tiny_config(length_presets={"half": {"length_config": [0.5] * 3}})
+    # Where not all were measured, the one that spends most of what is allowed.
     assert config.token_lengths({"max_macs": 1}) == config.token_lengths("full")
 
 
@@ -160,6 +160,7 @@ def test_a_saved_folder_is_a_complete_repository(tmp_path):
     loaded.save_pretrained(again)
     assert {path.name for path in again.iterdir()} == names
     assert json.loads((again / "length_configs.json").read_text())["presets"]["half"] == half["half"]
+    assert AutoConfig.from_pretrained(again, trust_remote_code=True, length_config=None).length_config == "half"
     config = AutoConfig.from_pretrained(again, trust_remote_code=True, length_config="full")
     assert config.length_config == "full"
     assert config.auto_map["AutoConfig"] == "configuration_qualaminilm.QuaLAMiniLMConfig"
@@ -170,6 +171,8 @@ def test_length_config_at_load(tmp_path):
     for wanted in ([4, 3, 2], "full", {"max_macs": 1.0}):
         model = AutoModelForQuestionAnswering.from_pretrained(tmp_path, trust_remote_code=True, length_config=wanted)
         assert model.config.length_config == wanted
+    shallow = AutoModelForQuestionAnswering.from_pretrained(tmp_path, trust_remote_code=True, num_hidden_layers=2)
+    assert shallow.config.token_lengths().entries == (1000, 1000)
     with pytest.raises(ValueError, match="entry 2 of length_config is 1"):
         AutoModelForQuestionAnswering.from_pretrained(tmp_path, trust_remote_code=True, length_config=[4, 3, 1])
 
@@ -208,6 +211,16 @@ def test_a_broken_presets_file_is_named_at_load(tmp_path, content, complaint):
     (tmp_path / "length_configs.json").write_text(content)
     with pytest.raises(ValueError, match=complaint):
         AutoModelForQuestionAnswering.from_pretrained(tmp_path, trust_remote_code=True, length_config="fast")
+
+
+def test_a_model_whose_folder_is_gone_can_be_saved(tmp_path):
+    source, out = tmp_path / "source", tmp_path / "out"
+    save(source)
+    model = AutoModelForQuestionAnswering.from_pretrained(source, trust_remote_code=True)
+    shutil.rmtree(source)
+    model.save_pretrained(out)
+    again = AutoModelForQuestionAnswering.from_pretrained(out, trust_remote_code=True)
+    assert again.config.token_lengths() == model.config.token_lengths()
 
 
 def test_a_folder_of_the_other_transformers_line_loads(tmp_path):

@@ -1,3 +1,5 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -71,7 +73,7 @@ def test_full_model_computes_what_transformers_own_class_does(reference_class, c
     )
     input_ids, attention_mask = right_padded(model.config, [40, 17, 1])
     token_types = (torch.arange(40) > 8).long().expand(3, -1) if config.type_vocab_size > 1 else None
-    labels = {"start_positions": torch.tensor([3, 9, 99]), "end_positions": torch.tensor([5, 16, 0])}
+    labels = {"start_positions": torch.tensor([3, 9, 99]), "end_positions": torch.tensor([5, 20, 0])}  # 20 is padding
     with torch.no_grad():
         expected = reference(input_ids, attention_mask, token_type_ids=token_types, output_hidden_states=True)
         found = model(input_ids, attention_mask, token_type_ids=token_types, output_hidden_states=True, **labels)
@@ -172,7 +174,8 @@ def test_a_batch_with_a_row_of_padding_only_runs(significance):
     with torch.autocast("cpu", torch.bfloat16):
         for implementation in ("sdpa", "eager"):
             model.set_attn_implementation(implementation)
-            assert torch.isfinite(model(input_ids, mask, length_config=[0.5, 0.5, 0.3]).start_logits).all()
+            outputs = model(input_ids, mask, length_config=[0.5, 0.5, 0.3], output_hidden_states=True)
+            assert all(torch.isfinite(states).all() for states in outputs.hidden_states)
     alone = model(input_ids[1:], mask[1:], length_config=[0.5, 0.5, 0.3])
     assert (alone.start_logits == torch.finfo(torch.float32).min).all()
 
@@ -248,6 +251,21 @@ def test_bad_inputs_are_named(family, room):
         model(torch.full((1, 4), 5), length_config=[4, 9, 2])
     with pytest.raises(ValueError, match="no preset"):
         QuaLAMiniLMModel(tiny_config(length_config="quick"))
+
+
+def test_threads_get_the_budget_they_ask_for():
+    model = tiny_model()
+    input_ids, mask = right_padded(model.config, [12, 7])
+    budgets = ["full", [6, 4, 2], [0.9, 0.5, 0.2], [3, 3, 3]]
+
+    def logits(budget):
+        with torch.no_grad():
+            return [model(input_ids, mask, length_config=budget).start_logits for _ in range(20)]
+
+    alone = {str(budget): logits(budget)[0] for budget in budgets}
+    with ThreadPoolExecutor(4) as pool:
+        for budget, found in zip(budgets, pool.map(logits, budgets)):
+            assert all(torch.equal(each, alone[str(budget)]) for each in found)
 
 
 def test_the_call_s_length_config_wins_over_the_configuration_s():

@@ -1,4 +1,5 @@
 import random
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,20 @@ from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 QUESTION = "Where do I live?"
 CONTEXT = "My name is Wolfgang and I live in Berlin. It is nice here, really."
 WORDS = "Berlin berlin BERLIN in the of Wolfgang unhappily ( ) , 1887 naïve 東京 to".split()
+
+
+class MapStyle(torch.utils.data.Dataset):
+    """Two items by its length, though `[]` never says so."""
+
+    def __init__(self, item):
+        self.item = item
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self.item
+
 
 needs_built_in = pytest.mark.skipif(TRANSFORMERS_5, reason="transformers 5 removed the built-in pipeline")
 
@@ -98,7 +113,7 @@ def brute_force_answers(qa, question, context, top_k, max_answer_len, max_seq_le
                 last = encoded.word_to_chars(i, encoded.token_to_word(i, e), 1).end
             text = context[first:last].lower()
             order.append(text)
-            if rank < 12:
+            if rank < (12 if align_to_words else 1):
                 merged[text] = merged.get(text, 0) + score
             singles[text] = max(singles.get(text, 0), score)
     scores = singles | merged
@@ -183,6 +198,9 @@ def test_300_validation_questions_are_answered_as_by_the_built_in(qa, built_in, 
         lambda qa, one: qa(one, padding="max_length", max_seq_len=50),
         lambda qa, one: qa(one, max_seq_len=16, doc_stride=2),
         lambda qa, one: qa(one, handle_impossible_answer=True),
+        lambda qa, one: qa(question="Who?", context="Berlin, Bonn, Berlin", align_to_words=False),
+        lambda qa, one: qa(question="Who?", context="Berlin, Bonn, Berlin"),
+        lambda qa, one: list(qa(MapStyle(one))),
         lambda qa, one: qa(question="  ", context=CONTEXT),
         lambda qa, one: qa(one, something_unknown=1),
         # Errors:
@@ -235,6 +253,8 @@ def test_every_form_of_call_does_what_the_built_in_does(qa, built_in, call):
         ({}, {"doc_stride": -1}, "doc_stride parameter"),
         ({}, {"doc_stride": 1.5}, "doc_stride parameter"),
         ({}, {"top_k": True}, "top_k parameter"),
+        ({}, {"batch_size": 0}, "batch_size parameter"),
+        ({}, {"batch_size": "4"}, "batch_size parameter"),
         ({}, {"top_k": "3"}, "top_k parameter"),
         ({}, {"max_seq_len": 0}, "max_seq_len parameter"),
         ({}, {"max_question_len": 0}, "max_question_len parameter"),
@@ -267,12 +287,14 @@ def test_max_question_len_cuts_the_question(qa):
 
 
 def test_documents_longer_than_the_window_are_answered_anywhere(qa):
-    filler = "The committee met again on a rainy afternoon and talked about the budget of the library. "
-    for before, after in ((0, 100), (50, 50), (100, 0)):
-        context = filler * before + "The secret password is swordfish. " + filler * after
-        answer = qa(question="What is the secret password?", context=context, batch_size=4)
-        assert answer["answer"] == "swordfish"
-        assert answer["start"] == context.index("swordfish")
+    filler = [f"On page {i} the clerk wrote that it had rained again and that nobody had come." for i in range(120)]
+    for place in (0, 60, 119):
+        sentences = [*filler[:place], "The secret password is swordfish.", *filler[place:]]
+        context = " ".join(sentences)
+        # Among the first three: scores are normalised within a window, so that one without the answer may bid higher.
+        answers = qa(question="What is the secret password?", context=context, batch_size=4, top_k=3)
+        assert {"swordfish": context.index("swordfish")}.items() <= {a["answer"]: a["start"] for a in answers}.items()
+        assert all(context[answer["start"] : answer["end"]] == answer["answer"] for answer in answers)
 
 
 def test_generators_are_read_as_they_are_answered(qa):
@@ -321,17 +343,51 @@ def test_the_repository_answers_through_transformers_pipeline():
     qa = pipeline("question-answering", model=str(ROOT), trust_remote_code=True, length_config="fast", device="cpu")
     assert type(qa).__name__ == "QuestionAnsweringPipeline" and type(qa).__module__.startswith("transformers_modules")
     assert qa(question=QUESTION, context=CONTEXT)["answer"] == "Berlin"
-    again = pipeline(
-        "question-answering", model=str(ROOT), trust_remote_code=True, model_kwargs={"length_config": "fast"}
-    )
-    assert again.model.config.length_config == "fast"
+
+
+def test_the_most_local_length_config_wins(tmp_path):
+    """Call over pipeline over load over configuration."""
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT, length_config=[20, 16, 12, 10, 8, 6])
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(ROOT, config=model.config).save_pretrained(tmp_path)
+    scores = []
+    for at_load, at_pipeline, at_call in (
+        ({}, {}, {}),
+        ({"length_config": [16, 12, 10, 8, 6, 4]}, {}, {}),
+        ({"length_config": [16, 12, 10, 8, 6, 4]}, {"length_config": [12, 10, 8, 6, 4, 2]}, {}),
+        ({"length_config": [16, 12, 10, 8, 6, 4]}, {"length_config": [12, 10, 8, 6, 4, 2]}, {"length_config": "full"}),
+    ):
+        qa = pipeline(
+            "question-answering", model=str(tmp_path), trust_remote_code=True, model_kwargs=at_load, **at_pipeline
+        )
+        found = qa(question=QUESTION, context=CONTEXT, **at_call)["score"]
+        winner = {**at_load, **at_pipeline, **at_call}.get("length_config", [20, 16, 12, 10, 8, 6])
+        assert found == qa(question=QUESTION, context=CONTEXT, length_config=winner)["score"]
+        scores.append(found)
+    assert len(set(scores)) == 4
+
+
+def test_threads_share_a_pipeline(qa):
+    """Long questions make it measure them, which must not disturb another thread's truncation."""
+    questions = ["Where, " + "and I ask again, " * i + "do I live?" for i in (0, 6, 30)]
+    contexts = [CONTEXT * 20, CONTEXT, CONTEXT * 9]
+    calls = [
+        {"question": question, "context": context, "length_config": length_config}
+        for question, context in zip(questions, contexts)
+        for length_config in ("full", [20, 16, 12, 10, 8, 6])
+    ]
+    alone = [qa(**call) for call in calls]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda call: qa(**call), calls * 3)) == alone * 3
 
 
 def test_a_saved_pipeline_is_a_complete_repository(tmp_path):
     qa = pipeline("question-answering", model=str(ROOT), trust_remote_code=True)
     qa.save_pretrained(tmp_path)
     again = pipeline("question-answering", model=str(tmp_path), trust_remote_code=True)
-    assert_same(again(question=QUESTION, context=CONTEXT), qa(question=QUESTION, context=CONTEXT))
+    for length_config in ("full", "fast", [16, 12, 10, 8, 6, 4]):
+        call = {"question": QUESTION, "context": CONTEXT * 8, "length_config": length_config}
+        assert_same(again(**call), qa(**call))
 
 
 @pytest.mark.skipif(not DATA.is_dir(), reason="no data")
