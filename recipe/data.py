@@ -16,6 +16,31 @@ from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 
 VALIDATION_PERCENT = 5
 SPLITS = ("all", "train", "validation")
+# Of tokenizer_config.json: how a base tokenizer truncated and padded, and where it was read from.
+STALE_SETTINGS = (
+    "max_length",
+    "stride",
+    "truncation_strategy",
+    "pad_to_multiple_of",
+    "pad_token_type_id",
+    "is_local",
+    "local_files_only",
+)
+# The test sets: for final figures, so that training refuses them and every evaluation on them is logged.
+TEST_SETS = ("69c43839d8de7ca9c6247721acd3c281af72a741ecfd9f4eec2e27e9b07f407d", "rajpurkar/squad:validation")
+# Those of rajpurkar/squad, so that its questions and local ones stand in one table.
+FEATURES = datasets.Features(
+    {
+        "id": datasets.Value("string"),
+        "title": datasets.Value("string"),
+        "context": datasets.Value("string"),
+        "question": datasets.Value("string"),
+        "answers": {
+            "text": datasets.List(datasets.Value("string")),
+            "answer_start": datasets.List(datasets.Value("int32")),
+        },
+    }
+)
 
 
 def read_questions(source, split="all"):
@@ -37,7 +62,7 @@ def read_questions(source, split="all"):
         raise ValueError(f"split is {split!r}, expected one of {SPLITS}")
     source = str(source)
     if Path(source).is_file():
-        questions = datasets.Dataset.from_list(_rows(source))
+        questions = datasets.Dataset.from_list(_rows(source), features=FEATURES)
     elif source.endswith(".json"):
         raise ValueError(f"{source} does not exist; expected a SQuAD v1.1 JSON file or a data set's name on the Hub")
     else:
@@ -81,6 +106,11 @@ def _rows(path):
         raise ValueError(f"{path} is not SQuAD v1.1 JSON: {type(error).__name__}: {error}") from error
 
 
+def identity(source):
+    """What a source of questions is known by: the SHA-256 of a local file, the name of a data set on the Hub."""
+    return file_sha256(source) if Path(source).is_file() else str(source)
+
+
 def file_sha256(path):
     """SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:
@@ -114,7 +144,7 @@ def load_tokenizer(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder, config=load_config(folder))
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
-    for setting in ("max_length", "stride", "truncation_strategy", "pad_to_multiple_of", "pad_token_type_id"):
+    for setting in STALE_SETTINGS:
         tokenizer.init_kwargs.pop(setting, None)
     return tokenizer
 

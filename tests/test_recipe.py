@@ -321,3 +321,53 @@ def test_the_loss_by_hand():
     for weight in (0.0, 0.3, 1.0):
         loss = FinetuneTrainer.compute_loss(SimpleNamespace(teacher_weight=weight), model, dict(batch))
         assert loss.item() == pytest.approx(((1 - weight) * hard + weight * soft).item(), abs=1e-5)
+
+
+def test_the_test_set_is_refused_for_training_and_known_by_any_name(tmp_path, city_file, monkeypatch):
+    from recipe import data, finetune
+
+    assert data.identity(city_file) == data.file_sha256(city_file)
+    monkeypatch.setattr(finetune, "TEST_SETS", (data.file_sha256(city_file),))
+    monkeypatch.setattr(sys, "argv", ["finetune", "--train", str(city_file), "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match="cities.json is a test set"):
+        finetune.main()
+
+
+@pytest.mark.skipif(not (DATA / "squad-v1.1-dev.json").is_file(), reason="no data")
+def test_the_test_file_is_known():
+    from recipe.data import TEST_SETS, identity
+
+    assert identity(DATA / "squad-v1.1-dev.json") in TEST_SETS
+
+
+def test_ship_keeps_presets_and_drops_their_scores(tmp_path, monkeypatch):
+    from recipe import ship
+
+    shipped, trained = tmp_path / "shipped", tmp_path / "trained"
+    tiny_folder(trained)
+    presets = {"half": {"length_config": [0.5, 0.25], "chosen_by": "hand", "test": {"f1": 1.0, "em": 1.0}}}
+    config = QuaLAMiniLMConfig.from_pretrained(trained)
+    config.length_presets |= presets
+    config.save_pretrained(shipped)
+    monkeypatch.setattr(ship, "ROOT", shipped)
+    monkeypatch.setattr(sys, "argv", ["ship", str(trained)])
+    ship.main()
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(shipped)
+    for name, tensor in QuaLAMiniLMForQuestionAnswering.from_pretrained(trained).state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor.half().float())
+    half = model.config.length_presets["half"]
+    assert half["lengths_at_384"] == [192, 96] and half["chosen_by"] == "hand" and "test" not in half
+    assert model.config.token_lengths({"max_macs": half["macs_share"]}) == model.config.token_lengths("half")
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    if not TRANSFORMERS_5:
+        pytest.skip("the training recipes run on transformers 5")
+    from recipe.finetune import last_checkpoint
+
+    assert last_checkpoint(tmp_path) is None
+    for step in (5, 10, 15):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
