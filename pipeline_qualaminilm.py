@@ -163,8 +163,8 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         else:
             raise ValueError(f"Unknown arguments {kwargs}")
         if isinstance(inputs, Dataset) and not isinstance(inputs, IterableDataset):
-            inputs = (inputs[i] for i in range(len(inputs)))
-        if isinstance(inputs, (types.GeneratorType, IterableDataset)):
+            inputs = map(inputs.__getitem__, range(len(inputs)))
+        if isinstance(inputs, (types.GeneratorType, IterableDataset, map)):
             return (example for item in inputs for example in self._checked(item)), False
         inputs = [inputs] if isinstance(inputs, dict) or not isinstance(inputs, Iterable) else list(inputs)
         examples = [self._checked(item) for item in inputs]

@@ -1,8 +1,10 @@
 import json
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForQuestionAnswering, BertConfig, GPT2Config, RobertaConfig
@@ -179,8 +181,6 @@ def test_length_config_at_load(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_half_precision_file_loads_as_float32(tmp_path, dtype):
-    import torch
-
     model = save(tmp_path).to(getattr(torch, dtype))
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
@@ -220,15 +220,11 @@ def test_a_model_whose_folder_is_gone_can_be_saved(tmp_path):
     shutil.rmtree(source)
     model.save_pretrained(out)
     again = AutoModelForQuestionAnswering.from_pretrained(out, trust_remote_code=True)
-    assert again.config.token_lengths() == model.config.token_lengths()
+    assert torch.equal(again(torch.arange(9)[None]).start_logits, model(torch.arange(9)[None]).start_logits)
 
 
 def test_a_folder_of_the_other_transformers_line_loads(tmp_path):
     """The two lines' environments stand side by side; each reads what the other wrote, logits and all."""
-    import subprocess
-
-    import torch
-
     other = ROOT / (".venv-4" if TRANSFORMERS_5 else ".venv") / "bin" / "python"
     if not other.exists():
         pytest.skip(f"{other} is missing")
