@@ -14,6 +14,8 @@ from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import cap_questions_per_paragraph, load_tokenizer, read_questions, training_features
 from recipe.evaluate import parse_length_config, record_in_presets, score
 
+trains = pytest.mark.skipif(not TRANSFORMERS_5, reason="the training recipes run on transformers 5")
+
 
 def squad_file(path, articles):
     """A SQuAD file; `articles` maps a title to paragraphs, a paragraph being (context, [(question, [answers])])."""
@@ -235,7 +237,7 @@ def distance(student, teacher):
     return torch.nn.functional.kl_div(student, teacher, log_target=True, reduction="sum").item()
 
 
-@pytest.mark.skipif(not TRANSFORMERS_5, reason="the training recipes run on transformers 5")
+@trains
 def test_a_fine_tuning_that_was_stopped_goes_on_to_the_same_weights(tmp_path, city_file):
     base = tiny_folder(tmp_path / "base")
     options = ["--model", base, "--train", city_file, "--max_length", 40, "--doc_stride", 8, "--learning_rate", 1e-2]
@@ -287,7 +289,7 @@ def test_no_validation_question_shares_a_paragraph_with_training(validation_ques
     assert 1000 < len(validation_questions) < 3000
 
 
-@pytest.mark.skipif(not TRANSFORMERS_5, reason="the training recipes run on transformers 5")
+@trains
 def test_the_loss_by_hand():
     from types import SimpleNamespace
 
@@ -323,6 +325,7 @@ def test_the_loss_by_hand():
         assert loss.item() == pytest.approx(((1 - weight) * hard + weight * soft).item(), abs=1e-5)
 
 
+@trains
 def test_the_test_set_is_refused_for_training_and_known_by_any_name(tmp_path, city_file, monkeypatch):
     from recipe import data, finetune
 
@@ -360,9 +363,8 @@ def test_ship_keeps_presets_and_drops_their_scores(tmp_path, monkeypatch):
     assert model.config.token_lengths({"max_macs": half["macs_share"]}) == model.config.token_lengths("half")
 
 
+@trains
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
-    if not TRANSFORMERS_5:
-        pytest.skip("the training recipes run on transformers 5")
     from recipe.finetune import last_checkpoint
 
     assert last_checkpoint(tmp_path) is None
