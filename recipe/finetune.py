@@ -75,7 +75,7 @@ class SpanCollator:
     """Pads windows on the right and turns every annotator's span into target distributions.
 
     Returns a batch with input_ids, attention_mask, token_type_ids (int64, (batch, sequence)), targets (float32,
-    (2, batch, sequence): start and end, each row sums to 1) and, with teachers, teacher_logits of the same shape.
+    (batch, 2, sequence): start and end, each sums to 1) and, with teachers, teacher_logits of the same shape.
     """
 
     def __init__(self, tokenizer):
@@ -89,17 +89,17 @@ class SpanCollator:
             return_tensors="pt",
         )
         size, length = batch["input_ids"].shape
-        targets = torch.zeros(2, size, length)
+        targets = torch.zeros(size, 2, length)
         for i, row in enumerate(rows):
             for which, positions in enumerate((row["starts"], row["ends"])):
                 for position in positions:
-                    targets[which, i, position] += 1 / len(positions)
+                    targets[i, which, position] += 1 / len(positions)
         batch["targets"] = targets
         if "teacher_start" in rows[0]:
-            teacher = torch.full((2, size, length), torch.finfo(torch.float32).min)
+            teacher = torch.full((size, 2, length), torch.finfo(torch.float32).min)
             for i, row in enumerate(rows):
-                teacher[0, i, : row["length"]] = torch.tensor(row["teacher_start"])
-                teacher[1, i, : row["length"]] = torch.tensor(row["teacher_end"])
+                teacher[i, 0, : row["length"]] = torch.tensor(row["teacher_start"])
+                teacher[i, 1, : row["length"]] = torch.tensor(row["teacher_end"])
             batch["teacher_logits"] = teacher
         return batch
 
@@ -115,7 +115,7 @@ class FinetuneTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, **_):
         targets, teacher_logits = inputs.pop("targets"), inputs.pop("teacher_logits", None)
         outputs = model(**inputs)
-        logits = torch.stack((outputs.start_logits, outputs.end_logits)).float()
+        logits = torch.stack((outputs.start_logits, outputs.end_logits), 1).float()
         loss = _cross_entropy(targets, logits)
         if teacher_logits is not None:
             soft_targets = (teacher_logits / DISTILLATION_TEMPERATURE).softmax(-1)

@@ -307,7 +307,7 @@ def test_the_loss_by_hand():
     batch = collator([row | teacher])
     length = batch["input_ids"].shape[1]
     assert batch["targets"][0, 0, :4].tolist() == [0, 0.75, 0.25, 0]
-    assert batch["targets"][1, 0, :4].tolist() == [0, 0, 1, 0]
+    assert batch["targets"][0, 1, :4].tolist() == [0, 0, 1, 0]
     logits = torch.tensor([[[1.0, 2.0, 3.0, 4.0]], [[4.0, 3.0, 2.0, 1.0]]])
     padded = torch.nn.functional.pad(logits, (0, length - 4), value=torch.finfo(torch.float32).min)
 
