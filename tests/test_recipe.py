@@ -1,5 +1,4 @@
 import json
-import subprocess
 import sys
 
 import pytest
@@ -8,54 +7,11 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import DATA, ROOT, TRANSFORMERS_5, tiny_config
+from conftest import DATA, ROOT, run, squad_file, tiny_config, tiny_folder, trains
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import cap_questions_per_paragraph, load_tokenizer, read_questions, training_features
 from recipe.evaluate import parse_length_config, record_in_presets, score
-
-trains = pytest.mark.skipif(not TRANSFORMERS_5, reason="the training recipes run on transformers 5")
-
-
-def squad_file(path, articles):
-    """A SQuAD file; `articles` maps a title to paragraphs, a paragraph being (context, [(question, [answers])])."""
-    data = [
-        {
-            "title": title,
-            "paragraphs": [
-                {
-                    "context": context,
-                    "qas": [
-                        {
-                            "id": f"{title}-{number}-{i}",
-                            "question": question,
-                            "answers": [{"text": text, "answer_start": context.index(text)} for text in answers],
-                        }
-                        for i, (question, answers) in enumerate(questions)
-                    ],
-                }
-                for number, (context, questions) in enumerate(paragraphs)
-            ],
-        }
-        for title, paragraphs in articles.items()
-    ]
-    path.write_text(json.dumps({"data": data}))
-    return path
-
-
-CITIES = ["Berlin", "Paris", "Nairobi", "Lima", "Oslo", "Hanoi", "Quito", "Accra"]
-
-
-@pytest.fixture
-def city_file(tmp_path):
-    articles = {
-        f"{name}-{i}": [
-            (f"{name} lives in {city}. It is far from here.", [(f"Where does {name} live?", [city, f"in {city}"])])
-        ]
-        for name in ("Ann", "Bob", "Cleo", "Dan", "Eve", "Finn")
-        for i, city in enumerate(CITIES)
-    }
-    return squad_file(tmp_path / "cities.json", articles)
 
 
 def test_read_questions_keeps_every_field(tmp_path):
@@ -206,24 +162,6 @@ def test_the_shipped_presets_agree_with_the_formula():
         assert preset["macs_at_384"] == config.macs(preset["length_config"])
         assert preset["macs_share"] == pytest.approx(config.macs_share(name), abs=1e-4)
         assert preset["lengths_at_384"] == [config.token_lengths(name).kept(layer, 384) for layer in range(6)]
-
-
-def run(module, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-
-
-def tiny_folder(path):
-    torch.manual_seed(0)
-    config = tiny_config(vocab_size=30522, num_hidden_layers=2, hidden_dropout_prob=0.0, max_position_embeddings=64)
-    model = QuaLAMiniLMForQuestionAnswering(config)
-    for embeddings in model.bert.embeddings.children():
-        if hasattr(embeddings, "weight"):
-            torch.nn.init.normal_(embeddings.weight, std=1.0)
-    model.save_pretrained(path)
-    load_tokenizer(ROOT).save_pretrained(path)
-    return path
 
 
 def distance(student, teacher):

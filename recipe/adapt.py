@@ -1,0 +1,192 @@
+"""Length-adaptive training: `python -m recipe.adapt --model FOLDER --train FILE ... --output_dir DIR`.
+
+One set of weights learns to answer at any `length_config` (Length-Adaptive Transformer, Kim and Cho, arXiv:2010.07003,
+section 3; QuaLA-MiniLM, arXiv:2210.17114, section 2). Options, resuming and several GPUs as in recipe.finetune.
+"""
+
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from transformers import HfArgumentParser, set_seed
+
+from recipe.finetune import (
+    FinetuneArguments,
+    FinetuneTrainer,
+    FinetuneTrainingArguments,
+    base_folder,
+    cross_entropy,
+    load_model,
+    span_logits,
+    train,
+)
+
+
+@dataclass
+class AdaptArguments(FinetuneArguments):
+    significance: str = field(
+        default="learned",
+        metadata={"help": "What the model drops tokens by.", "choices": ["attention", "learned"]},
+    )
+    num_sandwich: int = field(default=1, metadata={"help": "Random sub-models a step, beside the smallest one."})
+    length_drop_ratio_bound: list[float] = field(
+        default_factory=lambda: [0.2, 0.35, 0.5, 0.5, 0.5, 0.5],
+        metadata={"help": "Greatest share of the tokens left that a layer drops: one number, or one a layer."},
+    )
+    layer_dropout: float = field(default=0.0, metadata={"help": "Chance that a random sub-model skips a layer."})
+
+
+@dataclass
+class AdaptTrainingArguments(FinetuneTrainingArguments):
+    learning_rate: float = 6e-5
+    num_train_epochs: float = 2
+    scorer_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Scorers start from nothing, next to weights that know their task."}
+    )
+
+
+class AdaptTrainer(FinetuneTrainer):
+    """Trains the full model on the labels, and sub-models and scorers on what the full model answers."""
+
+    def __init__(self, *args, num_sandwich, length_drop_ratio_bound, layer_dropout, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.num_sandwich = num_sandwich
+        self.bounds = length_drop_ratio_bound
+        self.layer_dropout = layer_dropout
+
+    def create_optimizer(self, model=None):
+        optimizer = super().create_optimizer(model)
+        named = list((self.model if model is None else model).named_parameters())
+        scorers = [parameter for name, parameter in named if ".scorer." in name]
+        if scorers:
+            others = {parameter for name, parameter in named if ".scorer." not in name}
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if parameter in others]
+            optimizer.add_param_group({"params": scorers, "weight_decay": 0.0, "lr": self.args.scorer_learning_rate})
+        return optimizer
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, **kwargs)
+        targets, teacher_logits = inputs.pop("targets"), inputs.pop("teacher_logits", None)
+        encoder = self.accelerator.unwrap_model(model).bert.encoder
+        scorers = [layer.scorer for layer in encoder.layer if layer.scorer is not None]
+
+        full = model(
+            **inputs, length_config="full", output_hidden_states=bool(scorers), output_attentions=bool(scorers)
+        )
+        losses = [self.answer_loss(span_logits(full), targets, teacher_logits)]
+        answer = span_logits(full).detach().softmax(-1)
+        if scorers:
+            needed = relevance(answer.mean(1), full.attentions)
+            losses.append(ranking_loss(scorers, full.hidden_states, needed, inputs["attention_mask"]))
+        for length_config, skipped in self.sub_models():
+            with skipping([encoder.layer[i] for i in skipped]):
+                losses.append(cross_entropy(answer, span_logits(model(**inputs, length_config=length_config))))
+        loss = sum(losses)
+        return (loss, full) if return_outputs else loss
+
+    def sub_models(self):
+        """The step's sub-models, which follow from (seed, step): for each its length config and the layers it skips.
+
+        The sandwich rule: the smallest one, and `num_sandwich` drawn layer by layer.
+        """
+        rng = random.Random(f"{self.args.seed} {self.state.global_step}")
+        yield length_config(self.bounds, ()), ()
+        for _ in range(self.num_sandwich):
+            skipped = [i for i in range(len(self.bounds)) if rng.random() < self.layer_dropout]
+            yield length_config([rng.uniform(0, bound) for bound in self.bounds], skipped), skipped
+
+
+def length_config(drop_ratios, skipped):
+    """Shares of a row's tokens that layers hand on, each dropping `drop_ratios` of what is left, but skipped ones."""
+    shares, left = [], 1.0
+    for i, ratio in enumerate(drop_ratios):
+        if i not in skipped:
+            left = max(left * (1 - ratio), 0.001)
+        shares.append(left)
+    return shares
+
+
+@contextmanager
+def skipping(layers):
+    """Within, `layers` hand on what enters them (LayerDrop, Fan et al., arXiv:1909.11556)."""
+
+    def hand_on(hidden_states, alive, keep, with_map):
+        return hidden_states, None, alive, None
+
+    for layer in layers:
+        layer.forward = hand_on
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def relevance(answer, attentions):
+    """How much each token matters after each layer: half of it where the answer stands, half where it is read from.
+
+    What the answer reads is followed down through the layers above by attention rollout (Abnar and Zuidema, ACL 2020,
+    arXiv:2005.00928), averaged over heads, with equal weight for attention and the residual connection.
+
+    Args:
+        answer (float32 `(batch, sequence)`): mean of the full model's start and end distributions.
+        attentions: its attention maps, `(batch, heads, sequence, sequence)`, one a layer.
+
+    Returns:
+        `list`, for each layer a distribution over the tokens, float32 `(batch, sequence)`.
+    """
+    needed, rollout = [], answer
+    for attention in reversed(attentions):
+        needed.append((answer + rollout) / 2)
+        read = rollout[:, None, None].to(attention.dtype) @ attention.detach()
+        rollout = (rollout + read.float().mean(1).squeeze(1)) / 2
+    return needed[::-1]
+
+
+def ranking_loss(scorers, hidden_states, needed, attention_mask):
+    """Listwise cross-entropy of each layer's scores to how much each token matters, averaged over layers.
+
+    ListNet's top-one loss (Cao et al., ICML 2007); ToP (Li et al., KDD 2023) calls its kin ranking distillation.
+
+    Args:
+        scorers: the layers' scorers.
+        hidden_states: for each layer what enters it, `(batch, sequence, hidden)`, nothing dropped.
+        needed: for each layer a distribution over the tokens, `(batch, sequence)`, of [`relevance`].
+        attention_mask (`(batch, sequence)`).
+    """
+    losses = []
+    for scorer, states, target in zip(scorers, hidden_states, needed):
+        scores = scorer(states).squeeze(-1).float()
+        losses.append(cross_entropy(target, scores.masked_fill(attention_mask == 0, torch.finfo(scores.dtype).min)))
+    return sum(losses) / len(losses)
+
+
+def main():
+    parser = HfArgumentParser((AdaptArguments, AdaptTrainingArguments))
+    arguments, training = parser.parse_args_into_dataclasses()
+    set_seed(training.seed)
+    # Without dropout: what sub-models are to answer is then not noisy, and a step takes a sixth less.
+    model = load_model(base_folder(arguments), significance=arguments.significance, hidden_dropout_prob=0.0)
+    layers, bounds = model.config.num_hidden_layers, arguments.length_drop_ratio_bound
+    bounds = bounds * layers if len(bounds) == 1 else bounds
+    if len(bounds) != layers or not all(0 <= bound < 1 for bound in bounds):
+        raise ValueError(
+            f"--length_drop_ratio_bound is {arguments.length_drop_ratio_bound}, expected one number in [0, 1), or one "
+            f"for each of the {layers} layers"
+        )
+    train(
+        AdaptTrainer,
+        model,
+        arguments,
+        training,
+        num_sandwich=arguments.num_sandwich,
+        length_drop_ratio_bound=bounds,
+        layer_dropout=arguments.layer_dropout,
+    )
+
+
+if __name__ == "__main__":
+    main()

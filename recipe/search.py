@@ -1,0 +1,320 @@
+"""Evolutionary search for presets: `python -m recipe.search --data FILE ... --study runs/search.sqlite3`.
+
+Looks for the length configs that give the most F1 for the fewest MACs (Length-Adaptive Transformer, Kim and Cho,
+arXiv:2010.07003, section 3.3), by NSGA-II (Deb et al., 2002). Every candidate is stored as soon as it is measured: a
+search that was stopped goes on, and to the same front, when the same command is given again.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import shlex
+import sys
+from functools import partial
+from pathlib import Path
+
+import datasets
+import matplotlib
+import numpy as np
+import optuna
+import torch
+import transformers
+from matplotlib.figure import Figure
+from optuna.samplers import NSGAIISampler
+from optuna.samplers.nsgaii import PolynomialMutation, SBXCrossover
+from optuna.trial import TrialState
+from tqdm import tqdm
+
+from qualaminilm.configuration_qualaminilm import PRESETS_FILE
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
+from recipe.data import TEST_SETS, file_sha256, identity, load_tokenizer, read_questions
+from recipe.evaluate import ROOT, answer_all, score, write_json
+from recipe.ship import describe_preset
+
+# From the dearest to the cheapest; "full" comes before them.
+PRESET_NAMES = ("accurate", "balanced", "fast", "fastest")
+FULL = "full"
+
+
+class Candidates:
+    """Measured length configs in an SQLite file, as two Optuna studies: all on a subset, survivors on all questions.
+
+    Args:
+        path: the file, made if it does not exist.
+        settings (`dict`): what the measurements depend on.
+
+    Raises:
+        ValueError: the file holds a search with other settings.
+    """
+
+    def __init__(self, path, settings):
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.on_subset, self.on_all = (
+            optuna.create_study(
+                storage=f"sqlite:///{path}", study_name=name, directions=["maximize", "minimize"], load_if_exists=True
+            )
+            for name in ("on_subset", "on_all")
+        )
+        self.settings = settings
+        stored = self.on_subset.user_attrs.get("settings", settings)
+        if stored != settings:
+            raise ValueError(f"--study {path} holds a search with other settings: {stored}, not {settings}")
+        self.on_subset.set_user_attr("settings", settings)
+        for trial in self.on_subset.get_trials(states=(TrialState.RUNNING,)):
+            self.on_subset.tell(trial.number, state=TrialState.FAIL)  # was being measured when the search was killed
+
+    def next_trial(self):
+        """The next candidate. It follows from the seed, its place in its generation, and the generations before."""
+        generation_and_place = divmod(len(measured(self.on_subset)), self.settings["population"])
+        seed = np.random.SeedSequence((self.settings["seed"], *generation_and_place)).generate_state(1)
+        self.on_subset.sampler = NSGAIISampler(
+            population_size=self.settings["population"],
+            crossover=SBXCrossover(),
+            mutation=PolynomialMutation(),
+            seed=int(seed[0]),
+        )
+        return self.on_subset.ask()
+
+
+def measured(study):
+    """What a study has measured, a `list` of `{"length_config", "macs_share", "f1", "em"}`, oldest first."""
+    return [
+        {"f1": trial.values[0], "macs_share": trial.values[1]} | trial.user_attrs
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    ]
+
+
+def draw_length_config(trial, layers, bound):
+    """Shares of a row's tokens, each layer dropping up to `bound` of what is left: never increasing."""
+    left, shares = 1.0, []
+    for layer in range(layers):
+        left *= 1 - trial.suggest_float(f"drop_{layer}", 0.0, bound)
+        shares.append(max(round(left, 3), 0.001))
+    return shares
+
+
+def front(candidates):
+    """The candidates than which none has both more F1 and a smaller MACs share, cheapest first."""
+    best, ascending = [], sorted(candidates, key=lambda each: (each["macs_share"], -each["f1"]))
+    for candidate in ascending:
+        if not best or candidate["f1"] > best[-1]["f1"]:
+            best.append(candidate)
+    return best
+
+
+def best_of(candidates, at_least):
+    """The front, the front of the rest, and so on, until there are `at_least` of them (or no more)."""
+    kept, rest = [], list(candidates)
+    while rest and len(kept) < at_least:
+        peeled = front(rest)
+        kept += peeled
+        rest = [candidate for candidate in rest if candidate not in peeled]
+    return kept
+
+
+def place_presets(full, candidates):
+    """Presets evenly placed along the front, `"full"` first: from one to the next MACs shrink by the same factor.
+
+    Args:
+        full, candidates: what was measured on all questions, as by [`measured`].
+
+    Returns:
+        `dict`, name -> candidate.
+
+    Raises:
+        ValueError: the front has too few candidates to place different presets.
+    """
+    best = front(candidates)
+    cheapest = best[0]["macs_share"]
+    presets = {FULL: full}
+    for step, name in enumerate(PRESET_NAMES, start=1):
+        share = cheapest ** (step / len(PRESET_NAMES))
+        # The last one is the cheapest itself, whatever rounding says.
+        within = [each for each in best if each["macs_share"] <= share] or best[:1]
+        presets[name] = within[-1]
+    if len({tuple(each["length_config"]) for each in presets.values()}) < len(presets):
+        raise ValueError(f"the front has {len(best)} candidates, too few for {len(presets)} presets; search longer")
+    return presets
+
+
+def loss(candidate, full):
+    """F1 lost against `full` on the same questions, in percent of it."""
+    return 100 * (1 - candidate["f1"] / full["f1"])
+
+
+def within_loss(candidates, full, max_loss):
+    """Those that lose at most `max_loss` percent."""
+    return [each for each in candidates if loss(each, full) <= max_loss]
+
+
+def describe_front(candidates, full):
+    """A line for each candidate of the front."""
+    return "\n".join(
+        f"  MACs share {each['macs_share']:.3f}  F1 {each['f1']:.2f}  loss {loss(each, full):5.2f} %"
+        f"  {each['length_config']}"
+        for each in front(candidates)
+    )
+
+
+def plot(path, report):
+    """Draws every candidate, the front of the survivors and the presets; PNG."""
+    on_subset, on_all = report["full_on_subset"], report["presets"][FULL]
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    axes.scatter(
+        [each["macs_share"] for each in report["candidates"]],
+        [-loss(each, on_subset) for each in report["candidates"]],
+        s=12,
+        color="0.75",
+        label=f"every candidate, on {report['settings']['subset']} validation questions",
+    )
+    best = front([*report["survivors"], on_all])
+    axes.plot(
+        [each["macs_share"] for each in best],
+        [-loss(each, on_all) for each in best],
+        marker=".",
+        color="tab:blue",
+        label=f"the front, on all {report['questions']} validation questions",
+    )
+    for name, preset in report["presets"].items():
+        point = preset["macs_share"], -loss(preset, on_all)
+        axes.scatter(*point, s=60, color="tab:red", zorder=3)
+        axes.annotate(name, point, xytext=(6, -14), textcoords="offset points")
+    axes.set_ylim(bottom=-2 * report["settings"]["max_loss"])
+    axes.set_xlabel("MACs, as a share of the full model's (384 tokens)")
+    axes.set_ylabel("F1 against the full model's (%)")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    figure.savefig(unfinished, format="png")
+    os.replace(unfinished, path)
+
+
+def search(candidates, measure, full, arguments):
+    """Measures candidates on the subset, generation by generation, until there are as many as asked for."""
+    known = {tuple(each["length_config"]): each for each in measured(candidates.on_subset)}
+    done = len(measured(candidates.on_subset))
+    with tqdm(total=arguments.candidates, initial=done, desc="Searching", unit="candidate") as progress:
+        while progress.n < arguments.candidates:
+            trial = candidates.next_trial()
+            length_config = draw_length_config(trial, len(full["length_config"]), arguments.drop_ratio_bound)
+            if tuple(length_config) not in known:
+                known[tuple(length_config)] = measure(length_config)
+            result = known[tuple(length_config)]
+            trial.set_user_attr("length_config", length_config)
+            trial.set_user_attr("em", result["em"])
+            trial.set_constraint("loss", loss(result, full) - arguments.max_loss)
+            candidates.on_subset.tell(trial, [result["f1"], result["macs_share"]])
+            progress.update()
+            within = within_loss(known.values(), full, arguments.max_loss)
+            if within:
+                progress.set_postfix_str(f"cheapest so far: MACs share {min(e['macs_share'] for e in within):.3f}")
+            if progress.n % arguments.population == 0:
+                progress.write(f"The front after {progress.n} candidates:\n{describe_front(within, full)}")
+
+
+def score_survivors(candidates, measure, full, arguments):
+    """Measures on all questions the full model, which comes first, and what survived the subset."""
+    unique = {tuple(each["length_config"]): each for each in measured(candidates.on_subset)}
+    survivors = best_of(within_loss(unique.values(), full, arguments.max_loss), arguments.survivors)
+    done = [each["length_config"] for each in measured(candidates.on_all)]
+    for candidate in tqdm([full, *survivors], desc="Scoring survivors on all questions", unit="candidate"):
+        if candidate["length_config"] not in done:
+            result = measure(candidate["length_config"])
+            candidates.on_all.add_trial(
+                optuna.trial.create_trial(
+                    values=[result["f1"], result["macs_share"]],
+                    user_attrs={name: result[name] for name in ("length_config", "em")},
+                )
+            )
+    return measured(candidates.on_all)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=str(ROOT), help="folder of the model, which gets the presets (shipped)")
+    parser.add_argument(
+        "--data", nargs="+", required=True, help="training files; their validation split is searched on"
+    )
+    parser.add_argument("--study", default="runs/search.sqlite3", help="file that keeps the search (%(default)s)")
+    parser.add_argument("--candidates", type=int, default=300, help="length configs to try (%(default)s)")
+    parser.add_argument("--population", type=int, default=30, help="candidates a generation (%(default)s)")
+    parser.add_argument("--subset", type=int, default=300, help="questions to score each candidate on (%(default)s)")
+    parser.add_argument("--survivors", type=int, default=40, help="candidates to score on all questions (%(default)s)")
+    parser.add_argument("--drop_ratio_bound", type=float, default=0.6, help="most that a layer drops (%(default)s)")
+    parser.add_argument("--max_loss", type=float, default=5.0, help="F1 that may be lost, %% of full (%(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="windows a batch (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    parser.add_argument("--output", default="results/search.json", help="results file to write (%(default)s)")
+    parser.add_argument("--plot", default="assets/pareto.png", help="picture to write (%(default)s)")
+    arguments = parser.parse_args()
+    data = {Path(source).name: identity(source) for source in arguments.data}
+    for name, known_by in data.items():
+        if known_by in TEST_SETS:
+            raise ValueError(f"--data {name} is a test set")
+
+    settings = {
+        name: getattr(arguments, name)
+        for name in ("population", "subset", "drop_ratio_bound", "max_loss", "batch_size", "seed")
+    }
+    settings |= {"data": data, "weights_sha256": file_sha256(Path(arguments.model) / "model.safetensors")}
+    candidates = Candidates(arguments.study, settings)
+
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    config, full = model.config, [1.0] * model.config.num_hidden_layers
+    pipeline = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(arguments.model))
+    questions = datasets.concatenate_datasets([read_questions(source, "validation") for source in arguments.data])
+    subset = questions.shuffle(seed=arguments.seed).select(range(min(arguments.subset, len(questions))))
+
+    def measure(table, length_config):
+        scores = score(table, answer_all(pipeline, table, arguments.batch_size, length_config, progress=False)[0])
+        return scores | {"length_config": length_config, "macs_share": config.macs_share(length_config)}
+
+    full_on_subset = candidates.on_subset.user_attrs.get(FULL) or measure(subset, full)
+    candidates.on_subset.set_user_attr(FULL, full_on_subset)
+    search(candidates, partial(measure, subset), full_on_subset, arguments)
+    scored = score_survivors(candidates, partial(measure, questions), full_on_subset, arguments)
+    full_on_all = scored.pop(0)
+    within = within_loss(scored, full_on_all, arguments.max_loss)
+    print(f"Front on all {len(questions)} validation questions:\n{describe_front([*within, full_on_all], full_on_all)}")
+
+    presets = place_presets(full_on_all, within)
+    report = {
+        "settings": settings,
+        "questions": len(questions),
+        "significance": config.significance,
+        "full_on_subset": full_on_subset,
+        "presets": presets,
+        "survivors": scored,
+        "candidates": measured(candidates.on_subset),
+        "threads": torch.get_num_threads(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "-m", "recipe.search", *sys.argv[1:]]),
+        "versions": {
+            "python": platform.python_version(),
+            **{each.__name__: each.__version__ for each in (torch, transformers, optuna, matplotlib)},
+        },
+    }
+    write_json(arguments.output, report)
+    plot(arguments.plot, report)
+    write_json(
+        Path(arguments.model) / PRESETS_FILE,
+        {
+            "num_hidden_layers": config.num_hidden_layers,
+            "presets": {
+                name: describe_preset(config, {"length_config": preset["length_config"]})
+                | {"validation": {key: round(preset[key], 2) for key in ("f1", "em")}}
+                for name, preset in presets.items()
+            },
+        },
+    )
+    print(f"Wrote {', '.join(presets)} to {arguments.model}/{PRESETS_FILE}, {arguments.output} and {arguments.plot}")
+
+
+if __name__ == "__main__":
+    main()

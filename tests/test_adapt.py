@@ -1,0 +1,211 @@
+import copy
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conftest import ROOT, right_padded, run, tiny_config, tiny_folder, trains
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from recipe.data import load_tokenizer
+
+pytestmark = trains
+try:
+    from recipe.adapt import AdaptTrainer, length_config, main, ranking_loss, relevance, skipping
+    from recipe.finetune import SpanCollator
+except ImportError:  # transformers 4.57: every test here is skipped
+    pass
+
+
+def trainer(**fields):
+    """What `AdaptTrainer`'s own methods read of it."""
+    fields = {"num_sandwich": 1, "bounds": [0.2, 0.5, 0.5], "layer_dropout": 0.0, "teacher_weight": 0.7} | fields
+    this = SimpleNamespace(
+        args=SimpleNamespace(seed=fields.pop("seed", 0)),
+        state=SimpleNamespace(global_step=fields.pop("step", 0)),
+        accelerator=SimpleNamespace(unwrap_model=lambda model: model),
+        **fields,
+    )
+    for name in ("sub_models", "answer_loss"):
+        setattr(this, name, getattr(AdaptTrainer, name).__get__(this))
+    return this
+
+
+@given(st.lists(st.floats(0, 0.999), min_size=3, max_size=3), st.sets(st.integers(0, 2)))
+def test_sampled_length_configs_are_legal(ratios, skipped):
+    tiny_config().token_lengths(length_config(ratios, skipped))
+
+
+def test_a_layer_drops_of_what_is_left_and_a_skipped_one_drops_nothing():
+    assert length_config([0.2, 0.5, 0.5], ()) == pytest.approx([0.8, 0.4, 0.2])
+    assert length_config([0.2, 0.5, 0.5], {1}) == pytest.approx([0.8, 0.8, 0.4])
+
+
+def test_the_sandwich_is_the_smallest_and_random_ones_between_it_and_the_full_model():
+    (smallest, skipped), *others = trainer(num_sandwich=50, layer_dropout=0.3).sub_models()
+    assert smallest == pytest.approx([0.8, 0.4, 0.2]) and not skipped
+    assert len(others) == 50
+    assert all(low <= share <= 1 for shares, _ in others for low, share in zip(smallest, shares))
+    assert len({tuple(shares) for shares, _ in others}) == 50
+    assert 20 < sum(len(skipped) for _, skipped in others) < 70  # 0.3 of 150
+
+
+def test_sub_models_follow_from_the_seed_and_the_step():
+    first = list(trainer(seed=1, step=7).sub_models())
+    assert first == list(trainer(seed=1, step=7).sub_models())
+    assert first != list(trainer(seed=1, step=8).sub_models())
+    assert first != list(trainer(seed=2, step=7).sub_models())
+
+
+@pytest.mark.parametrize("significance", ["attention", "learned"])
+def test_a_skipped_layer_is_as_if_it_were_not_there(significance):
+    torch.manual_seed(0)
+    model = QuaLAMiniLMForQuestionAnswering(tiny_config(significance=significance)).eval()
+    without = copy.deepcopy(model)
+    del without.bert.encoder.layer[1]
+    without.config.num_hidden_layers = 2
+    input_ids, mask = right_padded(model.config, [9, 6])
+    with torch.inference_mode():
+        before = model(input_ids, mask).start_logits
+        with skipping([model.bert.encoder.layer[1]]):
+            skipped = model(input_ids, mask, length_config=[0.7, 0.7, 0.4]).start_logits
+        expected = without(input_ids, mask, length_config=[0.7, 0.4]).start_logits
+        torch.testing.assert_close(skipped, expected)
+        assert torch.equal(model(input_ids, mask).start_logits, before)
+
+
+def test_relevance_by_hand():
+    # Two layers, two heads, three tokens; the answer stands at the last.
+    answer = torch.tensor([[0.0, 0.0, 1.0]])
+    first, second = torch.zeros(1, 2, 3, 3), torch.zeros(1, 2, 3, 3)
+    second[0, 0, 2], second[0, 1, 2] = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
+    first[0, :, 0] = torch.tensor([0.0, 1.0, 0.0])  # what is read of the first layer's input counts for nobody
+    after_first, after_second = relevance(answer, [first, second])
+    assert after_second.tolist() == [[0, 0, 1]]
+    # Half the answer; half the rollout, itself half residual and half what two heads read: (0.5, 0, 0.5).
+    assert after_first.tolist() == [[0.125, 0, 0.875]]
+
+
+def test_ranking_loss_is_the_cross_entropy_over_real_tokens():
+    torch.manual_seed(0)
+    scorers = [torch.nn.Linear(8, 1) for _ in range(2)]
+    states = [torch.randn(2, 5, 8) for _ in range(2)]
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    needed = [torch.rand(2, 5).mul(mask) for _ in range(2)]
+    needed = [each / each.sum(-1, keepdim=True) for each in needed]
+    losses = []
+    for scorer, state, target in zip(scorers, states, needed):
+        for row, length in enumerate([5, 3]):
+            scores = scorer(state[row, :length]).flatten()
+            losses.append(torch.nn.functional.cross_entropy(scores, target[row, :length]))
+    expected = sum(losses) / 4
+    assert ranking_loss(scorers, states, needed, mask).item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("significance", ["attention", "learned"])
+def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance):
+    torch.manual_seed(0)
+    model = QuaLAMiniLMForQuestionAnswering(
+        tiny_config(significance=significance, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    ).train()
+    row = {"token_type_ids": [0] * 6, "length": 6, "starts": [1, 2], "ends": [3, 3]}
+    rows = [row | {"input_ids": [3, 7, 8, 9, 5, 4]}, row | {"input_ids": [3, 9, 8, 6, 7, 4]}]
+    batch = SpanCollator(load_tokenizer(ROOT))(rows)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    this = trainer(step=3)
+    AdaptTrainer.compute_loss(this, model, dict(batch)).backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.zero_grad()
+
+    def logits(shares):
+        outputs = model(**inputs, length_config=shares, output_hidden_states=True, output_attentions=True)
+        return outputs, torch.stack((outputs.start_logits, outputs.end_logits), 1)
+
+    full, of_full = logits([1.0, 1.0, 1.0])
+    answer = of_full.softmax(-1).detach()
+    expected = torch.nn.functional.cross_entropy(of_full.flatten(0, 1), batch["targets"].flatten(0, 1))
+    for shares, _ in this.sub_models():
+        expected += torch.nn.functional.cross_entropy(logits(shares)[1].flatten(0, 1), answer.flatten(0, 1))
+    if significance == "learned":
+        needed = relevance(answer.mean(1), full.attentions)
+        scorers = [layer.scorer for layer in model.bert.encoder.layer]
+        expected += ranking_loss(scorers, full.hidden_states, needed, inputs["attention_mask"])
+    expected.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
+        assert parameter.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize(
+    "significance, options", [("learned", ("--layer_dropout", 0.5)), ("attention", ("--length_drop_ratio_bound", 0.4))]
+)
+def test_an_adaptation_that_was_stopped_goes_on_to_the_same_weights(
+    tmp_path, city_file, monkeypatch, significance, options
+):
+    base = tiny_folder(tmp_path / "base")
+    options += ("--model", base, "--train", city_file, "--max_length", 40, "--doc_stride", 8, "--learning_rate", 1e-3)
+    options += ("--significance", significance, "--per_device_train_batch_size", 8, "--num_train_epochs", 2)
+    options += ("--length_drop_ratio_bound", 0.3, 0.5, "--save_steps", 7, "--no_bf16")
+
+    def adapt(folder):
+        monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options), "--output_dir", str(folder)])
+        main()
+        return QuaLAMiniLMForQuestionAnswering.from_pretrained(folder)
+
+    whole = adapt(tmp_path / "whole")
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "whole" / "checkpoint-7").rename(tmp_path / "stopped" / "checkpoint-7")
+    resumed = adapt(tmp_path / "stopped").state_dict()
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(resumed[name], tensor)
+    assert whole.config.significance == significance
+    assert any(".scorer." in name for name in resumed) == (significance == "learned")
+
+
+def test_scorers_learn_at_their_own_rate(tmp_path, city_file, monkeypatch):
+    from recipe import adapt
+
+    base = tiny_folder(tmp_path / "base")
+    rates = {}
+
+    class Spy(AdaptTrainer):
+        def create_optimizer(self, model=None):
+            optimizer = super().create_optimizer(model)
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            for group in optimizer.param_groups:
+                rates.update(dict.fromkeys((names[parameter] for parameter in group["params"]), group["lr"]))
+            assert set(rates) == set(names.values())
+            return optimizer
+
+    monkeypatch.setattr(adapt, "AdaptTrainer", Spy)
+    options = ["--model", base, "--train", city_file, "--max_steps", 1, "--length_drop_ratio_bound", 0.3, "--no_bf16"]
+    options += ["--learning_rate", 1e-5, "--scorer_learning_rate", 1e-2, "--output_dir", tmp_path / "out"]
+    monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options)])
+    main()
+    assert all(rate == (1e-2 if ".scorer." in name else 1e-5) for name, rate in rates.items())
+    assert sum(".scorer." in name for name in rates) == 4
+
+
+def test_bounds_are_one_or_one_a_layer(tmp_path, city_file, monkeypatch):
+    base = tiny_folder(tmp_path / "base")
+    for bounds in ((0.2, 0.3, 0.4), (1.0,), (-0.1, 0.5)):
+        options = ["--model", base, "--train", city_file, "--output_dir", tmp_path / "out", "--length_drop_ratio_bound"]
+        monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options), *map(str, bounds)])
+        with pytest.raises(ValueError, match="length_drop_ratio_bound"):
+            main()
+
+
+def test_two_processes_train_one_model(tmp_path, city_file):
+    base = tiny_folder(tmp_path / "base")
+    arguments = ["--model", base, "--train", city_file, "--max_steps", 3, "--per_device_train_batch_size", 4]
+    arguments += ["--no_bf16", "--length_drop_ratio_bound", 0.3, "--output_dir", tmp_path / "out"]
+    run(
+        "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--module", "recipe.adapt", *arguments,
+    )  # fmt: skip
+    trained = QuaLAMiniLMForQuestionAnswering.from_pretrained(tmp_path / "out").state_dict()
+    before = QuaLAMiniLMForQuestionAnswering.from_pretrained(base).state_dict()
+    assert any(not torch.equal(trained[name], tensor) for name, tensor in before.items())
