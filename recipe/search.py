@@ -127,16 +127,17 @@ def place_presets(full, candidates):
     Raises:
         ValueError: the front has too few candidates to place different presets.
     """
-    best = front(candidates)
-    cheapest = best[0]["macs_share"]
-    presets = {FULL: full}
+    best = front(candidates)[::-1]
+    if len(best) < len(PRESET_NAMES):
+        raise ValueError(
+            f"the front has {len(best)} candidates, too few for {len(PRESET_NAMES)} presets; search longer"
+        )
+    cheapest, presets, first = best[-1]["macs_share"], {FULL: full}, 0
     for step, name in enumerate(PRESET_NAMES, start=1):
+        last = len(best) - len(PRESET_NAMES) + step - 1  # leaves one for each preset still to come
         share = cheapest ** (step / len(PRESET_NAMES))
-        # The last one is the cheapest itself, whatever rounding says.
-        within = [each for each in best if each["macs_share"] <= share] or best[:1]
-        presets[name] = within[-1]
-    if len({tuple(each["length_config"]) for each in presets.values()}) < len(presets):
-        raise ValueError(f"the front has {len(best)} candidates, too few for {len(presets)} presets; search longer")
+        at = next((i for i in range(first, last) if best[i]["macs_share"] <= share), last)
+        presets[name], first = best[at], at + 1
     return presets
 
 

@@ -7,7 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForQuestionAnswering, BertConfig, GPT2Config, RobertaConfig
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    AutoConfig,
+    AutoModelForQuestionAnswering,
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    RobertaConfig,
+    RobertaModel,
+)
 
 from conftest import ROOT, TRANSFORMERS_5, tiny_config
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
@@ -242,3 +251,35 @@ def test_a_folder_of_the_other_transformers_line_loads(tmp_path):
     assert model.dtype == torch.float32
     expected = torch.load(tmp_path / "logits", weights_only=True)
     torch.testing.assert_close(model(torch.arange(9)[None], length_config="half").start_logits, expected)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("significance", ["attention", "learned"])
+@pytest.mark.parametrize("length_config", ["full", [0.9, 0.5, 0.2], (40, 11, 7)])
+def test_macs_by_formula_are_what_torch_counts(family, significance, length_config):
+    n = 50
+    config = tiny_config(embedding_type=family, significance=significance)
+    kept = [config.token_lengths(length_config).kept(layer, n) for layer in range(3)]
+    model = QuaLAMiniLMForQuestionAnswering(config).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        if significance == "learned":
+            # Asked for its maps, attention is computed in products that torch counts.
+            model(torch.arange(3, 3 + n)[None], length_config=length_config, output_attentions=True)
+        else:
+            # The model skips the output projection of what it drops; BERT's own layers skip nothing.
+            layers = (BertModel if family == "bert" else RobertaModel)(twin_config(config)).encoder.layer
+            for layer, n_in, n_out in zip(layers, [n, *kept], kept):
+                attended = layer.attention(torch.zeros(1, n_in, config.hidden_size))[0][:, :n_out]
+                layer.output(layer.intermediate(attended), attended)
+    flops = counter.get_total_flops()
+    if significance == "learned":
+        scored = sum(n_in for n_in, n_out in zip([n, *kept], kept) if n_out < n_in)
+        flops -= 2 * config.hidden_size * (scored + 2 * n)  # scorers, and the head's two columns
+    assert flops == 2 * config.macs(length_config, n)
+
+
+def twin_config(config):
+    """transformers' configuration of the same sizes."""
+    names = "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size max_position_embeddings"
+    kind = BertConfig if config.embedding_type == "bert" else RobertaConfig
+    return kind(**{name: getattr(config, name) for name in names.split()}, attn_implementation="eager")

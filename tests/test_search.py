@@ -1,0 +1,137 @@
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import optuna
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from conftest import ROOT, tiny_config, tiny_folder
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from recipe import search
+
+measurements = st.sets(st.tuples(st.integers(0, 20), st.integers(1, 20)), max_size=30).map(
+    lambda points: [{"f1": f1, "macs_share": share} for f1, share in points]
+)
+
+
+def dominated(one, others):
+    return any(
+        other != one and other["f1"] >= one["f1"] and other["macs_share"] <= one["macs_share"] for other in others
+    )
+
+
+@given(measurements)
+def test_the_front_is_what_nothing_dominates(candidates):
+    front = search.front(candidates)
+    assert sorted(front, key=str) == sorted((c for c in candidates if not dominated(c, candidates)), key=str)
+    assert front == sorted(front, key=lambda each: each["macs_share"])
+
+
+@given(measurements, st.integers(1, 40))
+def test_survivors_are_never_worse_than_what_did_not_survive(candidates, at_least):
+    kept = search.best_of(candidates, at_least)
+    rest = [candidate for candidate in candidates if candidate not in kept]
+    assert len(kept) >= min(at_least, len(candidates)) and len(kept) + len(rest) == len(candidates)
+    assert all(dominated(candidate, kept) for candidate in rest)
+
+
+@given(st.lists(st.floats(0, 0.99), min_size=3, max_size=3))
+def test_every_candidate_is_a_legal_length_config(drops):
+    trial = optuna.trial.FixedTrial({f"drop_{layer}": drop for layer, drop in enumerate(drops)})
+    tiny_config().token_lengths(search.draw_length_config(trial, 3, 0.99))
+
+
+def candidate(f1, share):
+    return {"f1": f1, "macs_share": share, "length_config": [share] * 3}
+
+
+def test_presets_shrink_by_the_same_factor_and_take_the_best_f1_within():
+    full = candidate(80, 1.0)
+    front = [candidate(70, 0.16), candidate(75, 0.3), candidate(78, 0.4), candidate(79, 0.6), candidate(79.5, 0.8)]
+    # From 1 to 0.16 in four steps: 0.632, 0.4, 0.253, 0.16.
+    worse = [candidate(77, 0.38), candidate(60, 0.62), candidate(74, 0.25)]
+    presets = search.place_presets(full, [*worse, *front])
+    assert {name: preset["macs_share"] for name, preset in presets.items()} == {
+        "full": 1.0,
+        "accurate": 0.6,
+        "balanced": 0.4,
+        "fast": 0.25,
+        "fastest": 0.16,
+    }
+    # Where the front has gaps presets still differ.
+    presets = search.place_presets(full, front[:4])
+    assert [preset["macs_share"] for preset in presets.values()] == [1.0, 0.6, 0.4, 0.3, 0.16]
+    with pytest.raises(ValueError, match="the front has 3 candidates, too few for 4 presets"):
+        search.place_presets(full, front[:3])
+
+
+def command(folder, city_file, *options):
+    """A search over a copy of one tiny model, which writes all it writes into `folder`."""
+    if not folder.exists():
+        tiny_folder(folder)
+    options = ["--model", folder, "--data", city_file, "--study", folder / "search.sqlite3", "--seed", 3, *options]
+    options += ["--candidates", 24, "--population", 6, "--subset", 6, "--max_loss", 100, "--drop_ratio_bound", 0.9]
+    options += ["--survivors", 5, "--output", folder / "search.json", "--plot", folder / "pareto.png"]
+    return [sys.executable, "-m", "recipe.search", *map(str, options)]
+
+
+def measured_so_far(path):
+    try:
+        with sqlite3.connect(f"file:{path}?mode=ro", uri=True) as database:
+            return database.execute("SELECT COUNT(*) FROM trials WHERE state = 'COMPLETE'").fetchone()[0]
+    except sqlite3.OperationalError:  # not there yet
+        return 0
+
+
+def test_a_search_killed_at_a_random_moment_ends_with_the_same_front(tmp_path, city_file):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    done = subprocess.run(command(whole, city_file), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert "The front after 24 candidates" in done.stdout and str(whole / "pareto.png") in done.stdout
+
+    running = subprocess.Popen(command(killed, city_file), cwd=ROOT, stderr=subprocess.DEVNULL)
+    moment = random.randrange(1, 24)
+    while measured_so_far(killed / "search.sqlite3") < moment and running.poll() is None:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert not (killed / "search.json").exists()
+    stopped_after = measured_so_far(killed / "search.sqlite3")
+    assert 0 < stopped_after < 29
+    resumed = subprocess.run(command(killed, city_file), cwd=ROOT, check=True, capture_output=True, text=True)
+    assert f"{stopped_after}/24" in resumed.stderr or stopped_after >= 24
+
+    first, second = (json.loads((folder / "search.json").read_text()) for folder in (whole, killed))
+    for part in ("candidates", "survivors", "presets", "full_on_subset"):
+        assert first[part] == second[part], f"killed after {moment} candidates"
+    assert len(first["candidates"]) == 24 and len(first["survivors"]) >= 5
+
+    config = QuaLAMiniLMConfig.from_pretrained(killed)
+    assert list(config.length_presets) == ["full", *search.PRESET_NAMES]
+    for name, preset in config.length_presets.items():
+        assert preset["validation"]["f1"] == pytest.approx(first["presets"][name]["f1"], abs=0.01)
+        assert config.token_lengths({"max_macs": preset["macs_share"]})
+    assert Image.open(killed / "pareto.png").size == (1200, 750)
+
+
+def test_a_study_of_other_settings_is_refused(tmp_path):
+    path = tmp_path / "search.sqlite3"
+    search.Candidates(path, {"seed": 1, "population": 6})
+    search.Candidates(path, {"seed": 1, "population": 6})
+    with pytest.raises(ValueError, match="other settings: .*'seed': 1.*, not .*'seed': 2"):
+        search.Candidates(path, {"seed": 2, "population": 6})
+
+
+def test_the_test_set_is_refused(tmp_path, city_file, monkeypatch):
+    monkeypatch.setattr(search, "TEST_SETS", (search.identity(city_file),))
+    monkeypatch.setattr(sys, "argv", command(tmp_path / "model", city_file)[2:])
+    with pytest.raises(ValueError, match="cities.json is a test set"):
+        search.main()
+    assert not os.path.exists(tmp_path / "model" / "search.sqlite3")
