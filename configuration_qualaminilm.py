@@ -283,11 +283,11 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
         presets = {"num_hidden_layers": self.num_hidden_layers, "presets": self.length_presets}
-        _write_beside_then_rename(folder / PRESETS_FILE, json.dumps(presets, indent=2) + "\n")
+        write_beside_then_rename(folder / PRESETS_FILE, json.dumps(presets, indent=2) + "\n")
         for name in CODE_FILES:
             source = self._code_file(name)
             if source is not None and source.resolve() != (folder / name).resolve():
-                _write_beside_then_rename(folder / name, source.read_text(encoding="utf-8"))
+                write_beside_then_rename(folder / name, source.read_text(encoding="utf-8"))
 
     def _code_file(self, name):
         """Path of a code file: beside this one, or, where transformers copied only what it ran, in the repository that
@@ -322,7 +322,8 @@ def _read_presets(path, num_hidden_layers):
     return presets
 
 
-def _write_beside_then_rename(path, text):
+def write_beside_then_rename(path, text):
+    """Writes `text` to `path` so that at any moment it holds the old text or the new, whole."""
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)

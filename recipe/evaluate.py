@@ -6,7 +6,6 @@ Every question goes through the pipeline that people use, windows of long contex
 import argparse
 import datetime
 import json
-import os
 import platform
 import shlex
 import sys
@@ -20,10 +19,10 @@ import transformers
 from torchmetrics.text import SQuAD
 from tqdm import tqdm
 
-from qualaminilm.configuration_qualaminilm import PRESETS_FILE, QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe.data import SPLITS, TEST_SETS, file_sha256, identity, load_tokenizer, read_questions
+from recipe.presets import record_scores, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_LOG = ROOT / "results" / "test-runs.jsonl"
@@ -77,23 +76,6 @@ def parse_length_config(text):
         return json.loads(text)
     except json.JSONDecodeError:
         return text
-
-
-def record_in_presets(folder, name, split, scores):
-    """Writes a preset's scores, in percent to two decimals, into the folder's length_configs.json."""
-    QuaLAMiniLMConfig.from_pretrained(folder).token_lengths(name)
-    path = Path(folder) / PRESETS_FILE
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["presets"][name][split] = {key: round(value, 2) for key, value in scores.items()}
-    write_json(path, content)
-
-
-def write_json(path, content):
-    """Writes indented JSON beside `path`, then renames it into place."""
-    unfinished = Path(f"{path}.unfinished")
-    unfinished.parent.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def main():
@@ -156,7 +138,7 @@ def main():
         print(f"Logged this look at the test set in {TEST_LOG}")
     write_json(arguments.output, result)
     if arguments.record:
-        record_in_presets(arguments.model, length_config, recorded_as, scores)
+        record_scores(arguments.model, length_config, recorded_as, scores)
     print(
         f"F1 {scores['f1']:.2f}  EM {scores['em']:.2f}  over {len(questions)} questions at {length_config!r}, MACs "
         f"share {result['macs_share_at_384']:.2f} at 384 tokens, {result['mean_macs_share_over_rows']:.2f} over these "

@@ -28,6 +28,7 @@ from recipe.data import (
     read_questions,
     training_features,
 )
+from recipe.presets import without_scores
 
 # Softens teacher and student alike, so that what the teacher thinks of the second-best span is heard (Hinton et al.,
 # arXiv:1503.02531); the usual factor of its square keeps the gradient's size.
@@ -189,6 +190,7 @@ def load_model(folder, **config_fields):
     takes most of a training step.
     """
     config = load_config(folder)
+    config.length_presets = without_scores(config, config.length_presets)
     config.update({"attention_probs_dropout_prob": 0.0} | config_fields)
     implementation = "sdpa" if torch.cuda.is_available() else "eager"
     return QuaLAMiniLMForQuestionAnswering.from_pretrained(

@@ -30,8 +30,8 @@ from qualaminilm.configuration_qualaminilm import PRESETS_FILE
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe.data import TEST_SETS, file_sha256, identity, load_tokenizer, read_questions
-from recipe.evaluate import ROOT, answer_all, score, write_json
-from recipe.ship import describe_preset
+from recipe.evaluate import ROOT, answer_all, score
+from recipe.presets import describe_preset, write_json, write_presets
 
 # From the dearest to the cheapest; "full" comes before them.
 PRESET_NAMES = ("accurate", "balanced", "fast", "fastest")
@@ -303,15 +303,13 @@ def main():
     }
     write_json(arguments.output, report)
     plot(arguments.plot, report)
-    write_json(
-        Path(arguments.model) / PRESETS_FILE,
+    write_presets(
+        arguments.model,
+        config,
         {
-            "num_hidden_layers": config.num_hidden_layers,
-            "presets": {
-                name: describe_preset(config, {"length_config": preset["length_config"]})
-                | {"validation": {key: round(preset[key], 2) for key in ("f1", "em")}}
-                for name, preset in presets.items()
-            },
+            name: describe_preset(config, preset["length_config"])
+            | {"validation": {key: round(preset[key], 2) for key in ("f1", "em")}}
+            for name, preset in presets.items()
         },
     )
     print(f"Wrote {', '.join(presets)} to {arguments.model}/{PRESETS_FILE}, {arguments.output} and {arguments.plot}")

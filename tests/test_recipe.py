@@ -11,7 +11,8 @@ from conftest import DATA, ROOT, run, squad_file, tiny_config, tiny_folder, trai
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import cap_questions_per_paragraph, load_tokenizer, read_questions, training_features
-from recipe.evaluate import parse_length_config, record_in_presets, score
+from recipe.evaluate import parse_length_config, score
+from recipe.presets import record_scores
 
 
 def test_read_questions_keeps_every_field(tmp_path):
@@ -146,13 +147,13 @@ def test_length_configs_as_typed():
 
 
 def test_record_writes_scores_and_nothing_else(tmp_path):
-    half = {"length_config": [0.5, 0.5, 0.25], "chosen_by": "hand"}
+    half = {"length_config": [0.5, 0.5, 0.25]}
     tiny_config(length_presets={"half": half}).save_pretrained(tmp_path)
-    record_in_presets(tmp_path, "half", "validation", {"f1": 81.2345, "em": 70.0})
+    record_scores(tmp_path, "half", "validation", {"f1": 81.2345, "em": 70.0})
     presets = QuaLAMiniLMConfig.from_pretrained(tmp_path).length_presets
     assert presets["half"] == half | {"validation": {"f1": 81.23, "em": 70.0}}
     with pytest.raises(ValueError, match="quick"):
-        record_in_presets(tmp_path, "quick", "test", {"f1": 1.0, "em": 1.0})
+        record_scores(tmp_path, "quick", "test", {"f1": 1.0, "em": 1.0})
 
 
 def test_the_shipped_presets_agree_with_the_formula():
@@ -286,7 +287,7 @@ def test_ship_keeps_presets_and_drops_their_scores(tmp_path, monkeypatch):
 
     shipped, trained = tmp_path / "shipped", tmp_path / "trained"
     tiny_folder(trained)
-    presets = {"half": {"length_config": [0.5, 0.25], "chosen_by": "hand", "test": {"f1": 1.0, "em": 1.0}}}
+    presets = {"half": {"length_config": [0.5, 0.25], "test": {"f1": 1.0, "em": 1.0}}}
     config = QuaLAMiniLMConfig.from_pretrained(trained)
     config.length_presets |= presets
     config.save_pretrained(shipped)
@@ -297,7 +298,7 @@ def test_ship_keeps_presets_and_drops_their_scores(tmp_path, monkeypatch):
     for name, tensor in QuaLAMiniLMForQuestionAnswering.from_pretrained(trained).state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor.half().float())
     half = model.config.length_presets["half"]
-    assert half["lengths_at_384"] == [192, 96] and half["chosen_by"] == "hand" and "test" not in half
+    assert half["lengths_at_384"] == [192, 96] and "test" not in half
     assert model.config.token_lengths({"max_macs": half["macs_share"]}) == model.config.token_lengths("half")
 
 

@@ -1,0 +1,44 @@
+"""Reads and writes the presets of a model folder, `length_configs.json`."""
+
+import json
+import math
+from pathlib import Path
+
+from qualaminilm.configuration_qualaminilm import PRESETS_FILE, QuaLAMiniLMConfig, write_beside_then_rename
+
+
+def describe_preset(config, length_config):
+    """A preset as it stands in `length_configs.json`, without scores: what follows from its length config."""
+    lengths = config.token_lengths(length_config)
+    return {
+        "length_config": length_config,
+        "lengths_at_384": [lengths.kept(layer, 384) for layer in range(config.num_hidden_layers)],
+        "macs_at_384": config.macs(length_config),
+        # Rounded up, so that {"max_macs": what stands here} admits the preset.
+        "macs_share": math.ceil(config.macs_share(length_config) * 1e4) / 1e4,
+    }
+
+
+def without_scores(config, presets):
+    """The presets for the configuration's model, without their scores, which were other weights'."""
+    return {name: describe_preset(config, preset["length_config"]) for name, preset in presets.items()}
+
+
+def write_presets(folder, config, presets):
+    """Replaces the folder's presets."""
+    content = {"num_hidden_layers": config.num_hidden_layers, "presets": presets}
+    write_json(Path(folder) / PRESETS_FILE, content)
+
+
+def record_scores(folder, name, split, scores):
+    """Writes a preset's scores, in percent to two decimals, into the folder's presets."""
+    config = QuaLAMiniLMConfig.from_pretrained(folder)
+    config.token_lengths(name)
+    config.length_presets[name][split] = {key: round(value, 2) for key, value in scores.items()}
+    write_presets(folder, config, config.length_presets)
+
+
+def write_json(path, content):
+    """Writes indented JSON beside `path`, then renames it into place."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_beside_then_rename(Path(path), json.dumps(content, indent=2) + "\n")
