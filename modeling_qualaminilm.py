@@ -190,12 +190,12 @@ class QuaLAMiniLMLayer(GradientCheckpointingLayer):
         """
         slots, handed_on, residual = None, alive, hidden_states
         if keep is not None and self.scorer is not None:
-            slots, handed_on = select_slots(self.scorer(hidden_states).squeeze(-1), alive, keep)
+            slots, handed_on = select_slots(self.scorer(hidden_states).squeeze(-1), alive, keep, self.training)
             residual = take_slots(hidden_states, slots)
         by_attention = keep is not None and self.scorer is None
         context, attention_map = self.attention.self(residual, hidden_states, alive, with_map or by_attention)
         if by_attention:
-            slots, handed_on = select_slots(received_attention(attention_map, alive), alive, keep)
+            slots, handed_on = select_slots(received_attention(attention_map, alive), alive, keep, self.training)
             context, residual = take_slots(context, slots), take_slots(hidden_states, slots)
         attention_output = self.attention.output(context, residual)
         layer_output = self.output(self.intermediate(attention_output), attention_output)
@@ -217,15 +217,16 @@ def received_attention(probabilities, alive):
     return over_heads.sum(1)
 
 
-def select_slots(significance, alive, keep):
+def select_slots(significance, alive, keep, training=False):
     """The `keep` most significant slots of each row, its first token among them; ties go to the earlier slot.
 
     Args:
-        significance (`(batch, slots)`), alive (bool `(batch, slots)` or `None`), keep (list of `int`, one a row).
+        significance (`(batch, slots)`), alive (bool `(batch, slots)` or `None`), keep (list of `int`, one a row),
+        training (`bool`): add dead slots up to a multiple of 32.
 
     Returns:
-        slots (int64 `(batch, max(keep))`, ascending) and, where rows keep different numbers, which are alive
-        (bool, same shape), else `None`.
+        slots (int64 `(batch, width)`, ascending; width is `max(keep)` but in training) and, where rows have dead slots,
+        which are alive (bool, same shape), else `None`.
     """
     batch, slots = significance.shape
     first = torch.zeros(batch, 1, dtype=torch.long, device=significance.device)
@@ -234,6 +235,9 @@ def select_slots(significance, alive, keep):
         first = alive.byte().argmax(1, keepdim=True)
     significance = significance.scatter(1, first, float("inf"))
     width = max(1, *keep)  # a batch of nothing but padding still needs a slot to run on
+    if training:
+        # oneDNN builds a kernel for each new width, and its bf16 products are twice as fast on multiples of 32.
+        width = min(slots, width + -width % 32)
     ranked = significance.argsort(dim=-1, descending=True, stable=True)[:, :width]
     if min(keep) == width:
         return ranked.sort(-1).values, None

@@ -8,6 +8,7 @@ import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from transformers import HfArgumentParser, set_seed
 
@@ -22,6 +23,9 @@ from recipe.finetune import (
     train,
 )
 
+# The lower layers do not know yet what the question asks for, the upper ones are sure of it.
+BOUNDS = (0.2, 0.35, 0.5, 0.5, 0.5, 0.5)
+
 
 @dataclass
 class AdaptArguments(FinetuneArguments):
@@ -31,8 +35,11 @@ class AdaptArguments(FinetuneArguments):
     )
     num_sandwich: int = field(default=1, metadata={"help": "Random sub-models a step, beside the smallest one."})
     length_drop_ratio_bound: list[float] = field(
-        default_factory=lambda: [0.2, 0.35, 0.5, 0.5, 0.5, 0.5],
-        metadata={"help": "Greatest share of the tokens left that a layer drops: one number, or one a layer."},
+        default_factory=list,
+        metadata={
+            "help": f"Greatest share of the tokens left that a layer drops: one number, or one a layer; by default "
+            f"{BOUNDS}, spread over the model's depth."
+        },
     )
     layer_dropout: float = field(default=0.0, metadata={"help": "Chance that a random sub-model skips a layer."})
 
@@ -97,6 +104,24 @@ class AdaptTrainer(FinetuneTrainer):
         for _ in range(self.num_sandwich):
             skipped = [i for i in range(len(self.bounds)) if rng.random() < self.layer_dropout]
             yield length_config([rng.uniform(0, bound) for bound in self.bounds], skipped), skipped
+
+
+def drop_ratio_bounds(given, layers):
+    """For each layer the greatest share of the tokens left that it drops, from what `--length_drop_ratio_bound` gave.
+
+    Raises:
+        ValueError: neither nothing, nor one number in [0, 1), nor one for each layer.
+    """
+    if not given:
+        depths = np.linspace(0, 1, len(BOUNDS) + 1)
+        left = np.cumsum([0.0, *np.log1p(np.negative(BOUNDS))])  # logarithms of what is left at these depths
+        return (-np.expm1(np.diff(np.interp(np.linspace(0, 1, layers + 1), depths, left)))).tolist()
+    bounds = given * layers if len(given) == 1 else given
+    if len(bounds) != layers or not all(0 <= bound < 1 for bound in bounds):
+        raise ValueError(
+            f"--length_drop_ratio_bound is {given}, expected one number in [0, 1), or one for each of {layers} layers"
+        )
+    return bounds
 
 
 def length_config(drop_ratios, skipped):
@@ -170,13 +195,7 @@ def main():
     set_seed(training.seed)
     # Without dropout: what sub-models are to answer is then not noisy, and a step takes a sixth less.
     model = load_model(base_folder(arguments), significance=arguments.significance, hidden_dropout_prob=0.0)
-    layers, bounds = model.config.num_hidden_layers, arguments.length_drop_ratio_bound
-    bounds = bounds * layers if len(bounds) == 1 else bounds
-    if len(bounds) != layers or not all(0 <= bound < 1 for bound in bounds):
-        raise ValueError(
-            f"--length_drop_ratio_bound is {arguments.length_drop_ratio_bound}, expected one number in [0, 1), or one "
-            f"for each of the {layers} layers"
-        )
+    bounds = drop_ratio_bounds(arguments.length_drop_ratio_bound, model.config.num_hidden_layers)
     train(
         AdaptTrainer,
         model,

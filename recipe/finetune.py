@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.resources import files
 from pathlib import Path
 
@@ -233,7 +233,10 @@ def train(trainer_class, model, arguments, training, **trainer_arguments):
     train, validation = features_of("train"), features_of("validation")
     if arguments.teacher:
         # Kept, so that a run that goes on need not ask its teachers again.
-        kind = repr((arguments, training.seed))
+        depends_on = [
+            getattr(arguments, each.name) for each in fields(FinetuneArguments) if each.name != "teacher_weight"
+        ]
+        kind = repr((depends_on, training.seed))
         taught = Path(training.output_dir) / f"taught-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"
         with training.main_process_first():
             if not taught.exists():

@@ -13,7 +13,16 @@ from recipe.data import load_tokenizer
 
 pytestmark = trains
 if TRANSFORMERS_5:
-    from recipe.adapt import AdaptTrainer, length_config, main, ranking_loss, relevance, skipping
+    from recipe.adapt import (
+        BOUNDS,
+        AdaptTrainer,
+        drop_ratio_bounds,
+        length_config,
+        main,
+        ranking_loss,
+        relevance,
+        skipping,
+    )
     from recipe.finetune import SpanCollator
 
 
@@ -179,7 +188,7 @@ def test_scorers_learn_at_their_own_rate(tmp_path, city_file, monkeypatch):
             return optimizer
 
     monkeypatch.setattr(adapt, "AdaptTrainer", Spy)
-    options = ["--model", base, "--train", city_file, "--max_steps", 1, "--length_drop_ratio_bound", 0.3, "--no_bf16"]
+    options = ["--model", base, "--train", city_file, "--max_steps", 1, "--no_bf16"]
     options += ["--learning_rate", 1e-5, "--scorer_learning_rate", 1e-2, "--output_dir", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options)])
     main()
@@ -187,19 +196,26 @@ def test_scorers_learn_at_their_own_rate(tmp_path, city_file, monkeypatch):
     assert sum(".scorer." in name for name in rates) == 4
 
 
-def test_bounds_are_one_or_one_a_layer(tmp_path, city_file, monkeypatch):
-    base = tiny_folder(tmp_path / "base")
-    for bounds in ((0.2, 0.3, 0.4), (1.0,), (-0.1, 0.5)):
-        options = ["--model", base, "--train", city_file, "--output_dir", tmp_path / "out", "--length_drop_ratio_bound"]
-        monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options), *map(str, bounds)])
-        with pytest.raises(ValueError, match="length_drop_ratio_bound"):
-            main()
+def test_bounds_are_one_or_one_a_layer():
+    assert drop_ratio_bounds([0.2], 3) == [0.2] * 3
+    assert drop_ratio_bounds([0.1, 0.2, 0.3], 3) == [0.1, 0.2, 0.3]
+    for bounds in ([0.2, 0.3], [1.0], [-0.1, 0.5, 0.5]):
+        with pytest.raises(ValueError, match="length_drop_ratio_bound is .* one for each of 3 layers"):
+            drop_ratio_bounds(bounds, 3)
+
+
+def test_default_bounds_leave_as_much_at_any_depth():
+    assert drop_ratio_bounds([], 6) == pytest.approx(BOUNDS)
+    left = 0.8 * 0.65
+    assert drop_ratio_bounds([], 3) == pytest.approx([1 - left, 0.75, 0.75])
+    twelve = length_config(drop_ratio_bounds([], 12), ())
+    assert twelve[1::2] == pytest.approx(length_config(BOUNDS, ()))
 
 
 def test_two_processes_train_one_model(tmp_path, city_file):
     base = tiny_folder(tmp_path / "base")
     arguments = ["--model", base, "--train", city_file, "--max_steps", 3, "--per_device_train_batch_size", 4]
-    arguments += ["--no_bf16", "--length_drop_ratio_bound", 0.3, "--output_dir", tmp_path / "out"]
+    arguments += ["--no_bf16", "--output_dir", tmp_path / "out"]
     run(
         "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no",
         "--dynamo_backend", "no", "--module", "recipe.adapt", *arguments,

@@ -106,6 +106,23 @@ def test_dropping_equals_the_brute_force_twin(case):
     compare_with_twin(model, input_ids, attention_mask, length_config)
 
 
+@given(cases)
+@settings(max_examples=20, deadline=None)
+def test_training_drops_what_evaluation_does(case):
+    # In training rows are filled up with dead slots.
+    lengths, length_config = case.pop("lengths"), case.pop("length_config")
+    model = tiny_model(**case, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    inputs = right_padded(model.config, [max(lengths) + 30, *lengths], case["seed"])
+    outputs = []
+    for training in (False, True):
+        model.train(training)
+        outputs.append(model(*inputs, length_config=length_config, output_kept_tokens=True))
+    for name in ("start_logits", "end_logits"):
+        torch.testing.assert_close(*(each[name] for each in outputs), atol=1e-4, rtol=1e-4)
+    for evaluated, trained in zip(*(each.kept_tokens for each in outputs)):
+        assert torch.equal(evaluated, trained)
+
+
 @given(cases, st.data())
 @settings(max_examples=40, deadline=None)
 def test_dropping_equals_the_brute_force_twin_under_any_mask(case, data):
