@@ -61,7 +61,7 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         embedding_type (`str`): `"bert"` numbers positions from 0; `"roberta"` numbers real tokens from
             `pad_token_id + 1`, padding being at `pad_token_id`.
         significance (`str`): what decides which tokens a layer drops. `"attention"`, the attention they receive
-            (Length-Adaptive Transformer, arXiv:2010.07003), or `"learned"`, a linear scorer on the layer's input.
+            (Length-Adaptive Transformer, arXiv:2010.07003), or `"learned"`, a small scorer on the layer's input.
         length_config: how many tokens each layer hands on when a call does not say; see
             [`QuaLAMiniLMConfig.token_lengths`].
         length_presets (`dict`): name -> preset, as in the `presets` of `length_configs.json`. `"full"`, which drops

@@ -24,7 +24,7 @@ from recipe.finetune import (
 )
 
 # The lower layers do not know yet what the question asks for, the upper ones are sure of it.
-BOUNDS = (0.2, 0.35, 0.5, 0.5, 0.5, 0.5)
+BOUNDS = (0.15, 0.25, 0.4, 0.5, 0.5, 0.5)
 
 
 @dataclass
@@ -42,11 +42,14 @@ class AdaptArguments(FinetuneArguments):
         },
     )
     layer_dropout: float = field(default=0.0, metadata={"help": "Chance that a random sub-model skips a layer."})
+    scorers_only: bool = field(
+        default=False, metadata={"help": "Train the scorers of a model that stays as it is: a start for the rest."}
+    )
 
 
 @dataclass
 class AdaptTrainingArguments(FinetuneTrainingArguments):
-    learning_rate: float = 6e-5
+    learning_rate: float = 1e-4
     num_train_epochs: float = 2
     scorer_learning_rate: float = field(
         default=1e-3, metadata={"help": "Scorers start from nothing, next to weights that know their task."}
@@ -56,11 +59,12 @@ class AdaptTrainingArguments(FinetuneTrainingArguments):
 class AdaptTrainer(FinetuneTrainer):
     """Trains the full model on the labels, and sub-models and scorers on what the full model answers."""
 
-    def __init__(self, *args, num_sandwich, length_drop_ratio_bound, layer_dropout, **kwargs):
+    def __init__(self, *args, num_sandwich, length_drop_ratio_bound, layer_dropout, scorers_only, **kwargs):
         super().__init__(*args, **kwargs)
         self.num_sandwich = num_sandwich
         self.bounds = length_drop_ratio_bound
         self.layer_dropout = layer_dropout
+        self.scorers_only = scorers_only
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
@@ -83,14 +87,16 @@ class AdaptTrainer(FinetuneTrainer):
         full = model(
             **inputs, length_config="full", output_hidden_states=bool(scorers), output_attentions=bool(scorers)
         )
-        losses = [self.answer_loss(span_logits(full), targets, teacher_logits)]
         answer = span_logits(full).detach().softmax(-1)
+        losses = []
         if scorers:
             needed = relevance(answer.mean(1), full.attentions)
             losses.append(ranking_loss(scorers, full.hidden_states, needed, inputs["attention_mask"]))
-        for length_config, skipped in self.sub_models():
-            with skipping([encoder.layer[i] for i in skipped]):
-                losses.append(cross_entropy(answer, span_logits(model(**inputs, length_config=length_config))))
+        if not self.scorers_only:
+            losses.append(self.answer_loss(span_logits(full), targets, teacher_logits))
+            for length_config, skipped in self.sub_models():
+                with skipping([encoder.layer[i] for i in skipped]):
+                    losses.append(cross_entropy(answer, span_logits(model(**inputs, length_config=length_config))))
         loss = sum(losses)
         return (loss, full) if return_outputs else loss
 
@@ -184,7 +190,7 @@ def ranking_loss(scorers, hidden_states, needed, attention_mask):
     """
     losses = []
     for scorer, states, target in zip(scorers, hidden_states, needed):
-        scores = scorer(states).squeeze(-1).float()
+        scores = scorer(states).float()
         losses.append(cross_entropy(target, scores.masked_fill(attention_mask == 0, torch.finfo(scores.dtype).min)))
     return sum(losses) / len(losses)
 
@@ -195,6 +201,12 @@ def main():
     set_seed(training.seed)
     # Without dropout: what sub-models are to answer is then not noisy, and a step takes a sixth less.
     model = load_model(base_folder(arguments), significance=arguments.significance, hidden_dropout_prob=0.0)
+    if arguments.scorers_only:
+        if arguments.significance != "learned":
+            raise ValueError(f"--scorers_only with --significance {arguments.significance}, which has no scorers")
+        model.requires_grad_(False)
+        for layer in model.bert.encoder.layer:
+            layer.scorer.requires_grad_(True)
     bounds = drop_ratio_bounds(arguments.length_drop_ratio_bound, model.config.num_hidden_layers)
     train(
         AdaptTrainer,
@@ -204,6 +216,7 @@ def main():
         num_sandwich=arguments.num_sandwich,
         length_drop_ratio_bound=bounds,
         layer_dropout=arguments.layer_dropout,
+        scorers_only=arguments.scorers_only,
     )
 
 

@@ -78,7 +78,7 @@ class BruteForce:
                 parts.append(sum(scores[q] / total * value[q][head] for q in states))
             attention[p] = torch.cat(parts)
         if self.config.significance == "learned":
-            significance = {p: self._linear(prefix + "scorer", state).item() for p, state in states.items()}
+            significance = {p: self._score(prefix + "scorer", state) for p, state in states.items()}
         else:
             significance = received
         first, *others = sorted(states)
@@ -89,9 +89,14 @@ class BruteForce:
         state = self._norm(
             prefix + "attention.output.LayerNorm", self._linear(prefix + "attention.output.dense", attention) + state
         )
-        inner = self._linear(prefix + "intermediate.dense", state)
-        inner = inner * 0.5 * (1 + torch.erf(inner / math.sqrt(2)))
+        inner = self._gelu(self._linear(prefix + "intermediate.dense", state))
         return self._norm(prefix + "output.LayerNorm", self._linear(prefix + "output.dense", inner) + state)
+
+    def _score(self, prefix, state):
+        return self._linear(prefix + ".out_proj", self._gelu(self._linear(prefix + ".dense", state))).item()
+
+    def _gelu(self, state):
+        return state * 0.5 * (1 + torch.erf(state / math.sqrt(2)))
 
     def _linear(self, name, state):
         return self.weights[name + ".weight"] @ state + self.weights[name + ".bias"]

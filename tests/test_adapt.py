@@ -28,7 +28,13 @@ if TRANSFORMERS_5:
 
 def trainer(**fields):
     """What `AdaptTrainer`'s own methods read of it."""
-    fields = {"num_sandwich": 1, "bounds": [0.2, 0.5, 0.5], "layer_dropout": 0.0, "teacher_weight": 0.7} | fields
+    fields = {
+        "scorers_only": False,
+        "num_sandwich": 1,
+        "bounds": [0.2, 0.5, 0.5],
+        "layer_dropout": 0.0,
+        "teacher_weight": 0.7,
+    } | fields
     this = SimpleNamespace(
         args=SimpleNamespace(seed=fields.pop("seed", 0)),
         state=SimpleNamespace(global_step=fields.pop("step", 0)),
@@ -97,7 +103,7 @@ def test_relevance_by_hand():
 
 def test_ranking_loss_is_the_cross_entropy_over_real_tokens():
     torch.manual_seed(0)
-    scorers = [torch.nn.Linear(8, 1) for _ in range(2)]
+    scorers = [torch.nn.Sequential(torch.nn.Linear(8, 1), torch.nn.Flatten(1)) for _ in range(2)]
     states = [torch.randn(2, 5, 8) for _ in range(2)]
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     needed = [torch.rand(2, 5).mul(mask) for _ in range(2)]
@@ -105,7 +111,7 @@ def test_ranking_loss_is_the_cross_entropy_over_real_tokens():
     losses = []
     for scorer, state, target in zip(scorers, states, needed):
         for row, length in enumerate([5, 3]):
-            scores = scorer(state[row, :length]).flatten()
+            scores = scorer(state[row : row + 1, :length]).flatten()
             losses.append(torch.nn.functional.cross_entropy(scores, target[row, :length]))
     expected = sum(losses) / 4
     assert ranking_loss(scorers, states, needed, mask).item() == pytest.approx(expected.item(), abs=1e-5)
@@ -193,7 +199,25 @@ def test_scorers_learn_at_their_own_rate(tmp_path, city_file, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options)])
     main()
     assert all(rate == (1e-2 if ".scorer." in name else 1e-5) for name, rate in rates.items())
-    assert sum(".scorer." in name for name in rates) == 4
+    assert sum(".scorer." in name for name in rates) == 8
+
+
+def test_scorers_can_be_trained_alone(tmp_path, city_file, monkeypatch):
+    base = tiny_folder(tmp_path / "base")
+
+    def adapt(*options):
+        options = ["--model", base, "--train", city_file, "--scorers_only", "--no_bf16", *options]
+        monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options), "--output_dir", str(tmp_path / "out")])
+        main()
+
+    adapt("--max_steps", 4)
+    before, after = (
+        QuaLAMiniLMForQuestionAnswering.from_pretrained(folder).state_dict() for folder in (base, tmp_path / "out")
+    )
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert len(after) == len(before) + 8
+    with pytest.raises(ValueError, match="--significance attention, which has no scorers"):
+        adapt("--significance", "attention")
 
 
 def test_bounds_are_one_or_one_a_layer():
@@ -206,8 +230,8 @@ def test_bounds_are_one_or_one_a_layer():
 
 def test_default_bounds_leave_as_much_at_any_depth():
     assert drop_ratio_bounds([], 6) == pytest.approx(BOUNDS)
-    left = 0.8 * 0.65
-    assert drop_ratio_bounds([], 3) == pytest.approx([1 - left, 0.75, 0.75])
+    left = 0.85 * 0.75
+    assert drop_ratio_bounds([], 3) == pytest.approx([1 - left, 1 - 0.6 * 0.5, 0.75])
     twelve = length_config(drop_ratio_bounds([], 12), ())
     assert twelve[1::2] == pytest.approx(length_config(BOUNDS, ()))
 

@@ -274,7 +274,9 @@ def test_macs_by_formula_are_what_torch_counts(family, significance, length_conf
     flops = counter.get_total_flops()
     if significance == "learned":
         scored = sum(n_in for n_in, n_out in zip([n, *kept], kept) if n_out < n_in)
-        flops -= 2 * config.hidden_size * (scored + 2 * n)  # scorers, and the head's two columns
+        narrow = config.hidden_size // 8
+        flops -= 2 * scored * narrow * (config.hidden_size + 1)
+        flops -= 2 * n * config.hidden_size * 2  # the head's two columns
     assert flops == 2 * config.macs(length_config, n)
 
 
