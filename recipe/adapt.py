@@ -42,6 +42,9 @@ class AdaptArguments(FinetuneArguments):
         },
     )
     layer_dropout: float = field(default=0.0, metadata={"help": "Chance that a random sub-model skips a layer."})
+    sub_model_weight: float = field(
+        default=0.5, metadata={"help": "Weight of each sub-model's loss; the full model's counts 1."}
+    )
     scorers_only: bool = field(
         default=False, metadata={"help": "Train the scorers of a model that stays as it is: a start for the rest."}
     )
@@ -59,11 +62,12 @@ class AdaptTrainingArguments(FinetuneTrainingArguments):
 class AdaptTrainer(FinetuneTrainer):
     """Trains the full model on the labels, and sub-models and scorers on what the full model answers."""
 
-    def __init__(self, *args, num_sandwich, length_drop_ratio_bound, layer_dropout, scorers_only, **kwargs):
+    def __init__(self, *args, bounds, num_sandwich, layer_dropout, sub_model_weight, scorers_only, **kwargs):
         super().__init__(*args, **kwargs)
+        self.bounds = bounds
         self.num_sandwich = num_sandwich
-        self.bounds = length_drop_ratio_bound
         self.layer_dropout = layer_dropout
+        self.sub_model_weight = sub_model_weight
         self.scorers_only = scorers_only
 
     def create_optimizer(self, model=None):
@@ -96,7 +100,8 @@ class AdaptTrainer(FinetuneTrainer):
             losses.append(self.answer_loss(span_logits(full), targets, teacher_logits))
             for length_config, skipped in self.sub_models():
                 with skipping([encoder.layer[i] for i in skipped]):
-                    losses.append(cross_entropy(answer, span_logits(model(**inputs, length_config=length_config))))
+                    sub_model = model(**inputs, length_config=length_config, output_kept_tokens=True)
+                losses.append(self.sub_model_weight * following_loss(sub_model, answer))
         loss = sum(losses)
         return (loss, full) if return_outputs else loss
 
@@ -156,6 +161,18 @@ def skipping(layers):
             del layer.forward
 
 
+def following_loss(sub_model, answer):
+    """Cross-entropy of a sub-model to the full model's answer, (batch, 2, sequence).
+
+    A row counts by how much of the answer it still held half-way up. From rows that have lost the answer there is
+    nothing to learn, and what they would learn spoils the full model.
+    """
+    loss = -(answer * span_logits(sub_model).log_softmax(-1)).sum(-1).mean(-1)
+    held = sub_model.kept_tokens[len(sub_model.kept_tokens) // 2 - 1]
+    weight = (answer.mean(1).gather(1, held.clamp(min=0)) * (held >= 0)).sum(-1)
+    return (weight * loss).mean()
+
+
 def relevance(answer, attentions):
     """How much each token matters after each layer: half of it where the answer stands, half where it is read from.
 
@@ -213,9 +230,10 @@ def main():
         model,
         arguments,
         training,
+        bounds=bounds,
         num_sandwich=arguments.num_sandwich,
-        length_drop_ratio_bound=bounds,
         layer_dropout=arguments.layer_dropout,
+        sub_model_weight=arguments.sub_model_weight,
         scorers_only=arguments.scorers_only,
     )
 

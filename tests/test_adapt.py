@@ -30,6 +30,7 @@ def trainer(**fields):
     """What `AdaptTrainer`'s own methods read of it."""
     fields = {
         "scorers_only": False,
+        "sub_model_weight": 0.5,
         "num_sandwich": 1,
         "bounds": [0.2, 0.5, 0.5],
         "layer_dropout": 0.0,
@@ -134,14 +135,23 @@ def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance)
     model.zero_grad()
 
     def logits(shares):
-        outputs = model(**inputs, length_config=shares, output_hidden_states=True, output_attentions=True)
+        outputs = model(
+            **inputs,
+            length_config=shares,
+            output_hidden_states=True,
+            output_attentions=True,
+            output_kept_tokens=True,
+        )
         return outputs, torch.stack((outputs.start_logits, outputs.end_logits), 1)
 
     full, of_full = logits([1.0, 1.0, 1.0])
     answer = of_full.softmax(-1).detach()
     expected = torch.nn.functional.cross_entropy(of_full.flatten(0, 1), batch["targets"].flatten(0, 1))
     for shares, _ in this.sub_models():
-        expected += torch.nn.functional.cross_entropy(logits(shares)[1].flatten(0, 1), answer.flatten(0, 1))
+        outputs, of_sub_model = logits(shares)
+        for row, held in enumerate(outputs.kept_tokens[0].tolist()):  # three layers: half-way is after the first
+            of_row = torch.nn.functional.cross_entropy(of_sub_model[row], answer[row])
+            expected += 0.5 * of_row / 2 * sum(answer[row, :, token].mean() for token in held if token >= 0)
     if significance == "learned":
         needed = relevance(answer.mean(1), full.attentions)
         scorers = [layer.scorer for layer in model.bert.encoder.layer]
