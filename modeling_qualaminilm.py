@@ -177,7 +177,7 @@ class QuaLAMiniLMScorer(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, max(1, config.hidden_size // 8))
         self.act_fn = nn.GELU()
-        self.out_proj = nn.Linear(self.dense.out_features, 1)
+        self.out_proj = nn.Linear(self.dense.out_features, 1, bias=False)  # a bias would rank nothing
 
     def forward(self, hidden_states):
         return self.out_proj(self.act_fn(self.dense(hidden_states))).squeeze(-1)
@@ -241,8 +241,8 @@ def select_slots(significance, alive, keep, training=False):
         training (`bool`): add dead slots up to a multiple of 32.
 
     Returns:
-        slots (int64 `(batch, width)`, ascending; width is `max(keep)` but in training) and, where rows have dead slots,
-        which are alive (bool, same shape), else `None`.
+        slots (int64 `(batch, width)`, ascending; width is `max(keep)`, in training rounded up) and, where some slots
+        are dead, which are alive (bool, same shape), else `None`.
     """
     batch, slots = significance.shape
     first = torch.zeros(batch, 1, dtype=torch.long, device=significance.device)

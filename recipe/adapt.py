@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import HfArgumentParser, set_seed
 
 from recipe.finetune import (
@@ -54,13 +55,18 @@ class AdaptArguments(FinetuneArguments):
 class AdaptTrainingArguments(FinetuneTrainingArguments):
     learning_rate: float = 1e-4
     num_train_epochs: float = 2
+    # Scorers learn outside the forward pass; every weight that is trained gets a gradient each step.
+    ddp_find_unused_parameters: bool = False
     scorer_learning_rate: float = field(
         default=1e-3, metadata={"help": "Scorers start from nothing, next to weights that know their task."}
     )
 
 
 class AdaptTrainer(FinetuneTrainer):
-    """Trains the full model on the labels, and sub-models and scorers on what the full model answers."""
+    """Trains the full model on the labels, and sub-models and scorers on what the full model answers.
+
+    The scorers' loss reaches the layers below them too: they learn to know early what will matter.
+    """
 
     def __init__(self, *args, bounds, num_sandwich, layer_dropout, sub_model_weight, scorers_only, **kwargs):
         super().__init__(*args, **kwargs)
@@ -216,8 +222,10 @@ def main():
     parser = HfArgumentParser((AdaptArguments, AdaptTrainingArguments))
     arguments, training = parser.parse_args_into_dataclasses()
     set_seed(training.seed)
-    # Without dropout: what sub-models are to answer is then not noisy, and a step takes a sixth less.
-    model = load_model(base_folder(arguments), significance=arguments.significance, hidden_dropout_prob=0.0)
+    model = load_model(base_folder(arguments), significance=arguments.significance)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # what sub-models are to answer is then not noisy, and a step takes a sixth less
     if arguments.scorers_only:
         if arguments.significance != "learned":
             raise ValueError(f"--scorers_only with --significance {arguments.significance}, which has no scorers")

@@ -93,6 +93,8 @@ def main():
     arguments = parser.parse_args()
     length_config = parse_length_config(arguments.length_config)
     data = {Path(source).name: identity(source) for source in arguments.data}
+    if len(data) < len(arguments.data):
+        parser.error(f"--data {arguments.data} has a name twice")
     is_test = any(each in TEST_SETS for each in data.values())
     recorded_as = "test" if is_test else "validation"
     if arguments.record and not (isinstance(length_config, str) and (is_test or arguments.split == "validation")):

@@ -213,8 +213,10 @@ def train(trainer_class, model, arguments, training, **trainer_arguments):
         arguments ([`FinetuneArguments`]), training ([`FinetuneTrainingArguments`]).
 
     Raises:
-        ValueError: a file to train on is a test set.
+        ValueError: a file to train on is a test set, or one process has several GPUs.
     """
+    if training.n_gpu > 1:
+        raise ValueError(f"one process has {training.n_gpu} GPUs; start one for each by accelerate launch -m")
     for source in arguments.train:
         if identity(source) in TEST_SETS:
             raise ValueError(f"--train {source} is a test set")

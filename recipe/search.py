@@ -76,6 +76,9 @@ class Candidates:
             mutation=PolynomialMutation(),
             seed=int(seed[0]),
         )
+        # Where the first candidate of a generation chooses the parents itself, it sees them in another order than one
+        # that finds them chosen.
+        self.on_subset.sampler.get_parent_population(self.on_subset, generation_and_place[0])
         return self.on_subset.ask()
 
 
@@ -163,6 +166,8 @@ def describe_front(candidates, full):
 def plot(path, report):
     """Draws every candidate, the front of the survivors and the presets; PNG."""
     on_subset, on_all = report["full_on_subset"], report["presets"][FULL]
+    lowest = -2 * report["settings"]["max_loss"]
+    below = sum(-loss(each, on_subset) < lowest for each in report["candidates"])
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     axes.scatter(
@@ -170,7 +175,7 @@ def plot(path, report):
         [-loss(each, on_subset) for each in report["candidates"]],
         s=12,
         color="0.75",
-        label=f"every candidate, on {report['settings']['subset']} validation questions",
+        label=f"every candidate, on {report['settings']['subset']} validation questions ({below} lie below)",
     )
     best = front([*report["survivors"], on_all])
     axes.plot(
@@ -184,7 +189,7 @@ def plot(path, report):
         point = preset["macs_share"], -loss(preset, on_all)
         axes.scatter(*point, s=60, color="tab:red", zorder=3)
         axes.annotate(name, point, xytext=(6, -14), textcoords="offset points")
-    axes.set_ylim(bottom=-2 * report["settings"]["max_loss"])
+    axes.set_ylim(bottom=lowest)
     axes.set_xlabel("MACs, as a share of the full model's (384 tokens)")
     axes.set_ylabel("F1 against the full model's (%)")
     axes.grid(alpha=0.3)
@@ -222,6 +227,7 @@ def search(candidates, measure, full, arguments):
 def score_survivors(candidates, measure, full, arguments):
     """Measures on all questions the full model, which comes first, and what survived the subset."""
     unique = {tuple(each["length_config"]): each for each in measured(candidates.on_subset)}
+    unique.pop(tuple(full["length_config"]), None)
     survivors = best_of(within_loss(unique.values(), full, arguments.max_loss), arguments.survivors)
     done = [each["length_config"] for each in measured(candidates.on_all)]
     for candidate in tqdm([full, *survivors], desc="Scoring survivors on all questions", unit="candidate"):
@@ -255,9 +261,11 @@ def main():
     parser.add_argument("--plot", default="assets/pareto.png", help="picture to write (%(default)s)")
     arguments = parser.parse_args()
     data = {Path(source).name: identity(source) for source in arguments.data}
-    for name, known_by in data.items():
-        if known_by in TEST_SETS:
-            raise ValueError(f"--data {name} is a test set")
+    for source in arguments.data:
+        if identity(source) in TEST_SETS:
+            raise ValueError(f"--data {source} is a test set")
+    if len(data) < len(arguments.data):
+        raise ValueError(f"--data {arguments.data} has a name twice")
 
     settings = {
         name: getattr(arguments, name)

@@ -1,6 +1,7 @@
 """Makes a trained folder the shipped model, in half precision: `python -m recipe.ship FOLDER`.
 
-Presets keep their length configs; their MACs are computed anew, and their scores, other weights' scores, are dropped.
+The shipped model's presets keep their length configs until recipe.search finds new ones; their MACs are computed anew,
+and their scores, other weights' scores, are dropped.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from recipe.presets import without_scores
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="output folder of recipe.finetune")
+    parser.add_argument("folder", help="output folder of recipe.finetune or recipe.adapt")
     folder = parser.parse_args().folder
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(folder, dtype=torch.float16)
     presets = model.config.length_presets

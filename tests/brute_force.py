@@ -93,7 +93,8 @@ class BruteForce:
         return self._norm(prefix + "output.LayerNorm", self._linear(prefix + "output.dense", inner) + state)
 
     def _score(self, prefix, state):
-        return self._linear(prefix + ".out_proj", self._gelu(self._linear(prefix + ".dense", state))).item()
+        narrow = self._gelu(self._linear(prefix + ".dense", state))
+        return (self.weights[prefix + ".out_proj.weight"] @ narrow).item()
 
     def _gelu(self, state):
         return state * 0.5 * (1 + torch.erf(state / math.sqrt(2)))

@@ -1,4 +1,5 @@
 import copy
+import json
 import sys
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conftest import ROOT, TRANSFORMERS_5, right_padded, run, tiny_config, tiny_folder, trains
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import load_tokenizer
 
@@ -159,11 +161,16 @@ def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance)
     expected.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
-        assert parameter.grad.abs().sum() > 0, name
+        if not name.endswith("key.bias"):  # which moves all of a query's scores alike
+            assert parameter.grad.abs().sum() > 0, name
 
 
 @pytest.mark.parametrize(
-    "significance, options", [("learned", ("--layer_dropout", 0.5)), ("attention", ("--length_drop_ratio_bound", 0.4))]
+    "significance, options",
+    [
+        ("learned", ("--layer_dropout", 0.5, "--length_drop_ratio_bound", 0.3, 0.5)),
+        ("attention", ("--length_drop_ratio_bound", 0.4)),
+    ],
 )
 def test_an_adaptation_that_was_stopped_goes_on_to_the_same_weights(
     tmp_path, city_file, monkeypatch, significance, options
@@ -171,7 +178,7 @@ def test_an_adaptation_that_was_stopped_goes_on_to_the_same_weights(
     base = tiny_folder(tmp_path / "base")
     options += ("--model", base, "--train", city_file, "--max_length", 40, "--doc_stride", 8, "--learning_rate", 1e-3)
     options += ("--significance", significance, "--per_device_train_batch_size", 8, "--num_train_epochs", 2)
-    options += ("--length_drop_ratio_bound", 0.3, 0.5, "--save_steps", 7, "--no_bf16")
+    options += ("--save_steps", 7, "--no_bf16")
 
     def adapt(folder):
         monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options), "--output_dir", str(folder)])
@@ -186,6 +193,7 @@ def test_an_adaptation_that_was_stopped_goes_on_to_the_same_weights(
         torch.testing.assert_close(resumed[name], tensor)
     assert whole.config.significance == significance
     assert any(".scorer." in name for name in resumed) == (significance == "learned")
+    assert whole.config.hidden_dropout_prob == QuaLAMiniLMConfig.from_pretrained(base).hidden_dropout_prob
 
 
 def test_scorers_learn_at_their_own_rate(tmp_path, city_file, monkeypatch):
@@ -209,7 +217,7 @@ def test_scorers_learn_at_their_own_rate(tmp_path, city_file, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options)])
     main()
     assert all(rate == (1e-2 if ".scorer." in name else 1e-5) for name, rate in rates.items())
-    assert sum(".scorer." in name for name in rates) == 8
+    assert sum(".scorer." in name for name in rates) == 6
 
 
 def test_scorers_can_be_trained_alone(tmp_path, city_file, monkeypatch):
@@ -225,7 +233,7 @@ def test_scorers_can_be_trained_alone(tmp_path, city_file, monkeypatch):
         QuaLAMiniLMForQuestionAnswering.from_pretrained(folder).state_dict() for folder in (base, tmp_path / "out")
     )
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert len(after) == len(before) + 8
+    assert len(after) == len(before) + 6
     with pytest.raises(ValueError, match="--significance attention, which has no scorers"):
         adapt("--significance", "attention")
 
@@ -246,14 +254,19 @@ def test_default_bounds_leave_as_much_at_any_depth():
     assert twelve[1::2] == pytest.approx(length_config(BOUNDS, ()))
 
 
-def test_two_processes_train_one_model(tmp_path, city_file):
+@pytest.mark.parametrize("significance", ["attention", "learned"])
+def test_two_processes_train_one_model(tmp_path, city_file, significance):
     base = tiny_folder(tmp_path / "base")
-    arguments = ["--model", base, "--train", city_file, "--max_steps", 3, "--per_device_train_batch_size", 4]
-    arguments += ["--no_bf16", "--output_dir", tmp_path / "out"]
-    run(
-        "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1, "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--module", "recipe.adapt", *arguments,
-    )  # fmt: skip
-    trained = QuaLAMiniLMForQuestionAnswering.from_pretrained(tmp_path / "out").state_dict()
+    options = ["--model", base, "--train", city_file, "--max_steps", 3, "--per_device_train_batch_size", 4]
+    options += ["--significance", significance, "--no_bf16", "--output_dir"]
+    run("torch.distributed.run", "--nproc_per_node", 2, "--module", "recipe.adapt", *options, tmp_path / "two")
+    run("recipe.adapt", *options, tmp_path / "one")
+    # Three steps of two batches, not of one: one of 48 cities' training questions is an epoch.
+    epochs = [
+        json.loads((tmp_path / name / "checkpoint-3" / "trainer_state.json").read_text())["epoch"]
+        for name in ("one", "two")
+    ]
+    assert epochs[1] == pytest.approx(2 * epochs[0], rel=0.1)
+    trained = QuaLAMiniLMForQuestionAnswering.from_pretrained(tmp_path / "two").state_dict()
     before = QuaLAMiniLMForQuestionAnswering.from_pretrained(base).state_dict()
     assert any(not torch.equal(trained[name], tensor) for name, tensor in before.items())

@@ -260,13 +260,13 @@ def test_macs_by_formula_are_what_torch_counts(family, significance, length_conf
     n = 50
     config = tiny_config(embedding_type=family, significance=significance)
     kept = [config.token_lengths(length_config).kept(layer, n) for layer in range(3)]
-    model = QuaLAMiniLMForQuestionAnswering(config).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         if significance == "learned":
             # Asked for its maps, attention is computed in products that torch counts.
+            model = QuaLAMiniLMForQuestionAnswering(config).eval()
             model(torch.arange(3, 3 + n)[None], length_config=length_config, output_attentions=True)
         else:
-            # The model skips the output projection of what it drops; BERT's own layers skip nothing.
+            # Our model skips the output projection of what it drops; BERT's own layers skip nothing.
             layers = (BertModel if family == "bert" else RobertaModel)(twin_config(config)).encoder.layer
             for layer, n_in, n_out in zip(layers, [n, *kept], kept):
                 attended = layer.attention(torch.zeros(1, n_in, config.hidden_size))[0][:, :n_out]

@@ -251,7 +251,8 @@ def test_the_loss_by_hand():
     padded = torch.nn.functional.pad(logits, (0, length - 4), value=torch.finfo(torch.float32).min)
 
     def model(**inputs):
-        assert set(inputs) == {"input_ids", "attention_mask", "token_type_ids"}
+        assert set(inputs) == {"input_ids", "attention_mask", "token_type_ids", "length_config"}
+        assert inputs["length_config"] == "full"
         return SimpleNamespace(start_logits=padded[0], end_logits=padded[1])
 
     log_p = logits.log_softmax(-1)[:, 0]
@@ -260,7 +261,9 @@ def test_the_loss_by_hand():
     soft_teacher = [torch.tensor(teacher[name]).div(2).softmax(-1) for name in ("teacher_start", "teacher_end")]
     soft = 4 * -(soft_teacher[0] @ soft_log_p[0] + soft_teacher[1] @ soft_log_p[1]) / 2
     for weight in (0.0, 0.3, 1.0):
-        loss = FinetuneTrainer.compute_loss(SimpleNamespace(teacher_weight=weight), model, dict(batch))
+        trainer = SimpleNamespace(teacher_weight=weight)
+        trainer.answer_loss = FinetuneTrainer.answer_loss.__get__(trainer)
+        loss = FinetuneTrainer.compute_loss(trainer, model, dict(batch))
         assert loss.item() == pytest.approx(((1 - weight) * hard + weight * soft).item(), abs=1e-5)
 
 
