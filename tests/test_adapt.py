@@ -259,7 +259,16 @@ def test_two_processes_train_one_model(tmp_path, city_file, significance):
     base = tiny_folder(tmp_path / "base")
     options = ["--model", base, "--train", city_file, "--max_steps", 3, "--per_device_train_batch_size", 4]
     options += ["--significance", significance, "--no_bf16", "--output_dir"]
-    run("torch.distributed.run", "--nproc_per_node", 2, "--module", "recipe.adapt", *options, tmp_path / "two")
+    run(
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        "--module",
+        "recipe.adapt",
+        *options,
+        tmp_path / "two",
+    )
     run("recipe.adapt", *options, tmp_path / "one")
     # Three steps of two batches, not of one: one of 48 cities' training questions is an epoch.
     epochs = [
