@@ -97,13 +97,14 @@ class AdaptTrainer(FinetuneTrainer):
         full = model(
             **inputs, length_config="full", output_hidden_states=bool(scorers), output_attentions=bool(scorers)
         )
-        answer = span_logits(full).detach().softmax(-1)
+        logits = span_logits(full)
+        answer = logits.detach().softmax(-1)
         losses = []
         if scorers:
             needed = relevance(answer.mean(1), full.attentions)
             losses.append(ranking_loss(scorers, full.hidden_states, needed, inputs["attention_mask"]))
         if not self.scorers_only:
-            losses.append(self.answer_loss(span_logits(full), targets, teacher_logits))
+            losses.append(self.answer_loss(logits, targets, teacher_logits))
             for length_config, skipped in self.sub_models():
                 with skipping([encoder.layer[i] for i in skipped]):
                     sub_model = model(**inputs, length_config=length_config, output_kept_tokens=True)

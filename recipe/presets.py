@@ -19,6 +19,11 @@ def describe_preset(config, length_config):
     }
 
 
+def describe_scores(scores):
+    """F1 and EM as they stand in `length_configs.json`, in percent to two decimals."""
+    return {name: round(scores[name], 2) for name in ("f1", "em")}
+
+
 def without_scores(config, presets):
     """The presets for the configuration's model, without their scores, which were other weights'."""
     return {name: describe_preset(config, preset["length_config"]) for name, preset in presets.items()}
@@ -31,10 +36,10 @@ def write_presets(folder, config, presets):
 
 
 def record_scores(folder, name, split, scores):
-    """Writes a preset's scores, in percent to two decimals, into the folder's presets."""
+    """Writes a preset's scores into the folder's presets."""
     config = QuaLAMiniLMConfig.from_pretrained(folder)
     config.token_lengths(name)
-    config.length_presets[name][split] = {key: round(value, 2) for key, value in scores.items()}
+    config.length_presets[name][split] = describe_scores(scores)
     write_presets(folder, config, config.length_presets)
 
 

@@ -31,7 +31,7 @@ from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe.data import TEST_SETS, file_sha256, identity, load_tokenizer, read_questions
 from recipe.evaluate import ROOT, answer_all, score
-from recipe.presets import describe_preset, write_json, write_presets
+from recipe.presets import describe_preset, describe_scores, write_json, write_presets
 
 # From the dearest to the cheapest; "full" comes before them.
 PRESET_NAMES = ("accurate", "balanced", "fast", "fastest")
@@ -260,9 +260,10 @@ def main():
     parser.add_argument("--output", default="results/search.json", help="results file to write (%(default)s)")
     parser.add_argument("--plot", default="assets/pareto.png", help="picture to write (%(default)s)")
     arguments = parser.parse_args()
-    data = {Path(source).name: identity(source) for source in arguments.data}
+    data = {}
     for source in arguments.data:
-        if identity(source) in TEST_SETS:
+        data[Path(source).name] = known_by = identity(source)
+        if known_by in TEST_SETS:
             raise ValueError(f"--data {source} is a test set")
     if len(data) < len(arguments.data):
         raise ValueError(f"--data {arguments.data} has a name twice")
@@ -315,8 +316,7 @@ def main():
         arguments.model,
         config,
         {
-            name: describe_preset(config, preset["length_config"])
-            | {"validation": {key: round(preset[key], 2) for key in ("f1", "em")}}
+            name: describe_preset(config, preset["length_config"]) | {"validation": describe_scores(preset)}
             for name, preset in presets.items()
         },
     )
