@@ -282,12 +282,16 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         a complete repository."""
         super().save_pretrained(save_directory, **kwargs)
         folder = Path(save_directory)
-        presets = {"num_hidden_layers": self.num_hidden_layers, "presets": self.length_presets}
-        write_beside_then_rename(folder / PRESETS_FILE, json.dumps(presets, indent=2) + "\n")
+        self.save_presets(folder)
         for name in CODE_FILES:
             source = self._code_file(name)
             if source is not None and source.resolve() != (folder / name).resolve():
                 write_beside_then_rename(folder / name, source.read_text(encoding="utf-8"))
+
+    def save_presets(self, folder):
+        """Writes `length_presets` into the folder, as `length_configs.json`."""
+        content = {"num_hidden_layers": self.num_hidden_layers, "presets": self.length_presets}
+        write_beside_then_rename(Path(folder) / PRESETS_FILE, json.dumps(content, indent=2) + "\n")
 
     def _code_file(self, name):
         """Path of a code file: beside this one, or, where transformers copied only what it ran, in the repository that

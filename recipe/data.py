@@ -111,6 +111,29 @@ def identity(source):
     return file_sha256(source) if Path(source).is_file() else str(source)
 
 
+def identities(sources):
+    """What stands in a results file for the `sources` it was measured on: name -> [`identity`].
+
+    Raises:
+        ValueError: two sources of one name.
+    """
+    named = {Path(source).name: identity(source) for source in sources}
+    if len(named) < len(sources):
+        raise ValueError(f"of the data {sources} two have one name")
+    return named
+
+
+def refuse_test_sets(option, sources):
+    """Lets only `sources` pass that are no test sets.
+
+    Raises:
+        ValueError: one of them is; `option` is what it was given as.
+    """
+    for source in sources:
+        if identity(source) in TEST_SETS:
+            raise ValueError(f"{option} {source} is a test set, expected data to train or choose on")
+
+
 def file_sha256(path):
     """SHA-256 of a file, as hexadecimal digits."""
     with open(path, "rb") as file:

@@ -4,25 +4,21 @@ Every question goes through the pipeline that people use, windows of long contex
 """
 
 import argparse
-import datetime
 import json
-import platform
-import shlex
-import sys
 import time
 from pathlib import Path
 
 import datasets
 import torch
 import torchmetrics
-import transformers
 from torchmetrics.text import SQuAD
 from tqdm import tqdm
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
-from recipe.data import SPLITS, TEST_SETS, file_sha256, identity, load_tokenizer, read_questions
-from recipe.presets import record_scores, write_json
+from recipe.data import SPLITS, TEST_SETS, file_sha256, identities, load_tokenizer, read_questions
+from recipe.presets import record_scores
+from recipe.results import describe_run, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_LOG = ROOT / "results" / "test-runs.jsonl"
@@ -92,9 +88,7 @@ def main():
     )
     arguments = parser.parse_args()
     length_config = parse_length_config(arguments.length_config)
-    data = {Path(source).name: identity(source) for source in arguments.data}
-    if len(data) < len(arguments.data):
-        parser.error(f"--data {arguments.data} has a name twice")
+    data = identities(arguments.data)
     is_test = any(each in TEST_SETS for each in data.values())
     recorded_as = "test" if is_test else "validation"
     if arguments.record and not (isinstance(length_config, str) and (is_test or arguments.split == "validation")):
@@ -120,18 +114,10 @@ def main():
         "median_tokens_a_row": sorted(lengths)[len(lengths) // 2],
         "seconds": round(seconds, 1),
         "dtype": arguments.dtype,
-        "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": "python -m recipe.evaluate " + shlex.join(sys.argv[1:]),
         "split": arguments.split,
         "data": data,
         "weights_sha256": file_sha256(Path(arguments.model) / "model.safetensors"),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "torchmetrics": torchmetrics.__version__,
-        },
+        **describe_run("recipe.evaluate", torchmetrics),
     }
     if is_test:
         TEST_LOG.parent.mkdir(exist_ok=True)

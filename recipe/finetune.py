@@ -20,12 +20,11 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import (
-    TEST_SETS,
     cap_questions_per_paragraph,
-    identity,
     load_config,
     load_tokenizer,
     read_questions,
+    refuse_test_sets,
     training_features,
 )
 from recipe.presets import without_scores
@@ -33,6 +32,13 @@ from recipe.presets import without_scores
 # Softens teacher and student alike, so that what the teacher thinks of the second-best span is heard (Hinton et al.,
 # arXiv:1503.02531); the usual factor of its square keeps the gradient's size.
 DISTILLATION_TEMPERATURE = 2.0
+
+
+def has_bf16():
+    """Whether the GPU, or where there is none the CPU, multiplies in bfloat16; emulated it is slower than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 @dataclass
@@ -62,7 +68,7 @@ class FinetuneTrainingArguments(TrainingArguments):
     num_train_epochs: float = 3
     warmup_steps: float = 0.06
     weight_decay: float = 0.01
-    bf16: bool = True
+    bf16: bool = has_bf16()
     # Trainer refuses bf16 on a machine without a GPU unless it is told that the CPU is meant.
     use_cpu: bool = not torch.cuda.is_available()
     save_steps: float = 250
@@ -158,7 +164,7 @@ class EpochSampler(LengthGroupedSampler):
         return super().__iter__()
 
 
-def add_teacher_logits(features, folders, collator, batch_size):
+def add_teacher_logits(features, folders, collator, batch_size, bf16):
     """Adds columns teacher_start and teacher_end: the teachers' mean log-probabilities, one float32 a token."""
     lengths = list(features["length"])
     order = sorted(range(len(features)), key=lengths.__getitem__)
@@ -172,7 +178,7 @@ def add_teacher_logits(features, folders, collator, batch_size):
             rows = order[first : first + batch_size]
             batch = collator([features[i] for i in rows]).to(device)
             del batch["targets"]
-            with torch.inference_mode(), torch.autocast(device, torch.bfloat16):
+            with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=bf16):
                 outputs = teacher(**batch, length_config="full")
             logits = torch.stack((outputs.start_logits, outputs.end_logits)).float().log_softmax(-1).cpu().numpy()
             for column, i in enumerate(rows):
@@ -217,9 +223,7 @@ def train(trainer_class, model, arguments, training, **trainer_arguments):
     """
     if training.n_gpu > 1:
         raise ValueError(f"one process has {training.n_gpu} GPUs; start one for each by accelerate launch -m")
-    for source in arguments.train:
-        if identity(source) in TEST_SETS:
-            raise ValueError(f"--train {source} is a test set")
+    refuse_test_sets("--train", arguments.train)
     tokenizer = load_tokenizer(base_folder(arguments))
 
     def features_of(split):
@@ -244,7 +248,7 @@ def train(trainer_class, model, arguments, training, **trainer_arguments):
             if not taught.exists():
                 unfinished = f"{taught}.unfinished"
                 add_teacher_logits(
-                    train, arguments.teacher, collator, training.per_device_eval_batch_size
+                    train, arguments.teacher, collator, training.per_device_eval_batch_size, training.bf16
                 ).save_to_disk(unfinished)
                 os.replace(unfinished, taught)
         train = datasets.load_from_disk(taught)

@@ -1,10 +1,8 @@
 """Reads and writes the presets of a model folder, `length_configs.json`."""
 
-import json
 import math
-from pathlib import Path
 
-from qualaminilm.configuration_qualaminilm import PRESETS_FILE, QuaLAMiniLMConfig, write_beside_then_rename
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 
 
 def describe_preset(config, length_config):
@@ -31,8 +29,8 @@ def without_scores(config, presets):
 
 def write_presets(folder, config, presets):
     """Replaces the folder's presets."""
-    content = {"num_hidden_layers": config.num_hidden_layers, "presets": presets}
-    write_json(Path(folder) / PRESETS_FILE, content)
+    config.length_presets = presets
+    config.save_presets(folder)
 
 
 def record_scores(folder, name, split, scores):
@@ -41,9 +39,3 @@ def record_scores(folder, name, split, scores):
     config.token_lengths(name)
     config.length_presets[name][split] = describe_scores(scores)
     write_presets(folder, config, config.length_presets)
-
-
-def write_json(path, content):
-    """Writes indented JSON beside `path`, then renames it into place."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_beside_then_rename(Path(path), json.dumps(content, indent=2) + "\n")

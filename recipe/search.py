@@ -6,20 +6,15 @@ search that was stopped goes on, and to the same front, when the same command is
 """
 
 import argparse
-import datetime
 import os
-import platform
-import shlex
-import sys
 from functools import partial
 from pathlib import Path
 
 import datasets
-import matplotlib
 import numpy as np
 import optuna
 import torch
-import transformers
+import torchmetrics
 from matplotlib.figure import Figure
 from optuna.samplers import NSGAIISampler
 from optuna.samplers.nsgaii import PolynomialMutation, SBXCrossover
@@ -29,9 +24,11 @@ from tqdm import tqdm
 from qualaminilm.configuration_qualaminilm import PRESETS_FILE
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
-from recipe.data import TEST_SETS, file_sha256, identity, load_tokenizer, read_questions
+from recipe.adapt import drop_ratio_bounds
+from recipe.data import file_sha256, identities, load_tokenizer, read_questions, refuse_test_sets
 from recipe.evaluate import ROOT, answer_all, score
-from recipe.presets import describe_preset, describe_scores, write_json, write_presets
+from recipe.presets import describe_preset, describe_scores, write_presets
+from recipe.results import describe_run, write_json
 
 # From the dearest to the cheapest; "full" comes before them.
 PRESET_NAMES = ("accurate", "balanced", "fast", "fastest")
@@ -90,10 +87,10 @@ def measured(study):
     ]
 
 
-def draw_length_config(trial, layers, bound):
-    """Shares of a row's tokens, each layer dropping up to `bound` of what is left: never increasing."""
+def draw_length_config(trial, bounds):
+    """Shares of a row's tokens, each layer dropping up to its bound of what is left: never increasing."""
     left, shares = 1.0, []
-    for layer in range(layers):
+    for layer, bound in enumerate(bounds):
         left *= 1 - trial.suggest_float(f"drop_{layer}", 0.0, bound)
         shares.append(max(round(left, 3), 0.001))
     return shares
@@ -208,7 +205,7 @@ def search(candidates, measure, full, arguments):
     with tqdm(total=arguments.candidates, initial=done, desc="Searching", unit="candidate") as progress:
         while progress.n < arguments.candidates:
             trial = candidates.next_trial()
-            length_config = draw_length_config(trial, len(full["length_config"]), arguments.drop_ratio_bound)
+            length_config = draw_length_config(trial, candidates.settings["length_drop_ratio_bound"])
             if tuple(length_config) not in known:
                 known[tuple(length_config)] = measure(length_config)
             result = known[tuple(length_config)]
@@ -253,30 +250,29 @@ def main():
     parser.add_argument("--population", type=int, default=30, help="candidates a generation (%(default)s)")
     parser.add_argument("--subset", type=int, default=300, help="questions to score each candidate on (%(default)s)")
     parser.add_argument("--survivors", type=int, default=40, help="candidates to score on all questions (%(default)s)")
-    parser.add_argument("--drop_ratio_bound", type=float, default=0.6, help="most that a layer drops (%(default)s)")
+    parser.add_argument(
+        "--length_drop_ratio_bound",
+        type=float,
+        nargs="+",
+        help="greatest share of the tokens left that a layer drops; by default and in form as in recipe.adapt",
+    )
     parser.add_argument("--max_loss", type=float, default=5.0, help="F1 that may be lost, %% of full (%(default)s)")
     parser.add_argument("--batch_size", type=int, default=16, help="windows a batch (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--output", default="results/search.json", help="results file to write (%(default)s)")
     parser.add_argument("--plot", default="assets/pareto.png", help="picture to write (%(default)s)")
     arguments = parser.parse_args()
-    data = {}
-    for source in arguments.data:
-        data[Path(source).name] = known_by = identity(source)
-        if known_by in TEST_SETS:
-            raise ValueError(f"--data {source} is a test set")
-    if len(data) < len(arguments.data):
-        raise ValueError(f"--data {arguments.data} has a name twice")
-
-    settings = {
-        name: getattr(arguments, name)
-        for name in ("population", "subset", "drop_ratio_bound", "max_loss", "batch_size", "seed")
-    }
-    settings |= {"data": data, "weights_sha256": file_sha256(Path(arguments.model) / "model.safetensors")}
-    candidates = Candidates(arguments.study, settings)
+    refuse_test_sets("--data", arguments.data)
 
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
     config, full = model.config, [1.0] * model.config.num_hidden_layers
+    settings = {name: getattr(arguments, name) for name in ("population", "subset", "max_loss", "batch_size", "seed")}
+    settings |= {
+        "length_drop_ratio_bound": drop_ratio_bounds(arguments.length_drop_ratio_bound, config.num_hidden_layers),
+        "data": identities(arguments.data),
+        "weights_sha256": file_sha256(Path(arguments.model) / "model.safetensors"),
+    }
+    candidates = Candidates(arguments.study, settings)
     pipeline = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(arguments.model))
     questions = datasets.concatenate_datasets([read_questions(source, "validation") for source in arguments.data])
     subset = questions.shuffle(seed=arguments.seed).select(range(min(arguments.subset, len(questions))))
@@ -302,13 +298,7 @@ def main():
         "presets": presets,
         "survivors": scored,
         "candidates": measured(candidates.on_subset),
-        "threads": torch.get_num_threads(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": shlex.join(["python", "-m", "recipe.search", *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            **{each.__name__: each.__version__ for each in (torch, transformers, optuna, matplotlib)},
-        },
+        **describe_run("recipe.search", optuna, torchmetrics),
     }
     write_json(arguments.output, report)
     plot(arguments.plot, report)

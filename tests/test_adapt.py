@@ -178,7 +178,7 @@ def test_an_adaptation_that_was_stopped_goes_on_to_the_same_weights(
     base = tiny_folder(tmp_path / "base")
     options += ("--model", base, "--train", city_file, "--max_length", 40, "--doc_stride", 8, "--learning_rate", 1e-3)
     options += ("--significance", significance, "--per_device_train_batch_size", 8, "--num_train_epochs", 2)
-    options += ("--save_steps", 7, "--no_bf16")
+    options += ("--save_steps", 7, "--bf16", "False")
 
     def adapt(folder):
         monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options), "--output_dir", str(folder)])
@@ -212,7 +212,7 @@ def test_scorers_learn_at_their_own_rate(tmp_path, city_file, monkeypatch):
             return optimizer
 
     monkeypatch.setattr(adapt, "AdaptTrainer", Spy)
-    options = ["--model", base, "--train", city_file, "--max_steps", 1, "--no_bf16"]
+    options = ["--model", base, "--train", city_file, "--max_steps", 1, "--bf16", "False"]
     options += ["--learning_rate", 1e-5, "--scorer_learning_rate", 1e-2, "--output_dir", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options)])
     main()
@@ -224,7 +224,7 @@ def test_scorers_can_be_trained_alone(tmp_path, city_file, monkeypatch):
     base = tiny_folder(tmp_path / "base")
 
     def adapt(*options):
-        options = ["--model", base, "--train", city_file, "--scorers_only", "--no_bf16", *options]
+        options = ["--model", base, "--train", city_file, "--scorers_only", "--bf16", "False", *options]
         monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options), "--output_dir", str(tmp_path / "out")])
         main()
 
@@ -258,7 +258,7 @@ def test_default_bounds_leave_as_much_at_any_depth():
 def test_two_processes_train_one_model(tmp_path, city_file, significance):
     base = tiny_folder(tmp_path / "base")
     options = ["--model", base, "--train", city_file, "--max_steps", 3, "--per_device_train_batch_size", 4]
-    options += ["--significance", significance, "--no_bf16", "--output_dir"]
+    options += ["--significance", significance, "--bf16", "False", "--output_dir"]
     run(
         "torch.distributed.run",
         "--standalone",

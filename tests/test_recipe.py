@@ -181,7 +181,7 @@ def test_a_fine_tuning_that_was_stopped_goes_on_to_the_same_weights(tmp_path, ci
     base = tiny_folder(tmp_path / "base")
     options = ["--model", base, "--train", city_file, "--max_length", 40, "--doc_stride", 8, "--learning_rate", 1e-2]
     options += ["--per_device_train_batch_size", 8, "--num_train_epochs", 4, "--save_steps", 7]
-    options += ["--save_total_limit", 5, "--no_bf16"]
+    options += ["--save_total_limit", 5, "--bf16", "False"]
     run("recipe.finetune", *options, "--output_dir", tmp_path / "whole")
     whole = QuaLAMiniLMForQuestionAnswering.from_pretrained(tmp_path / "whole").state_dict()
 
@@ -272,7 +272,7 @@ def test_the_test_set_is_refused_for_training_and_known_by_any_name(tmp_path, ci
     from recipe import data, finetune
 
     assert data.identity(city_file) == data.file_sha256(city_file)
-    monkeypatch.setattr(finetune, "TEST_SETS", (data.file_sha256(city_file),))
+    monkeypatch.setattr(data, "TEST_SETS", (data.file_sha256(city_file),))
     monkeypatch.setattr(sys, "argv", ["finetune", "--train", str(city_file), "--output_dir", str(tmp_path / "out")])
     with pytest.raises(ValueError, match="cities.json is a test set"):
         finetune.main()

@@ -15,7 +15,7 @@ from PIL import Image
 
 from conftest import ROOT, tiny_config, tiny_folder
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
-from recipe import search
+from recipe import data, search
 
 measurements = st.sets(st.tuples(st.integers(0, 20), st.integers(1, 20)), max_size=30).map(
     lambda points: [{"f1": f1, "macs_share": share} for f1, share in points]
@@ -46,7 +46,7 @@ def test_survivors_are_never_worse_than_what_did_not_survive(candidates, at_leas
 @given(st.lists(st.floats(0, 0.99), min_size=3, max_size=3))
 def test_every_candidate_is_a_legal_length_config(drops):
     trial = optuna.trial.FixedTrial({f"drop_{layer}": drop for layer, drop in enumerate(drops)})
-    tiny_config().token_lengths(search.draw_length_config(trial, 3, 0.99))
+    tiny_config().token_lengths(search.draw_length_config(trial, [0.99] * 3))
 
 
 def candidate(f1, share):
@@ -78,7 +78,18 @@ def command(folder, city_file, *options):
     if not folder.exists():
         tiny_folder(folder)
     options = ["--model", folder, "--data", city_file, "--study", folder / "search.sqlite3", "--seed", 3, *options]
-    options += ["--candidates", 24, "--population", 6, "--subset", 6, "--max_loss", 100, "--drop_ratio_bound", 0.9]
+    options += [
+        "--candidates",
+        24,
+        "--population",
+        6,
+        "--subset",
+        6,
+        "--max_loss",
+        100,
+        "--length_drop_ratio_bound",
+        0.9,
+    ]
     options += ["--survivors", 5, "--output", folder / "search.json", "--plot", folder / "pareto.png"]
     return [sys.executable, "-m", "recipe.search", *map(str, options)]
 
@@ -124,7 +135,7 @@ def test_a_search_killed_at_a_random_moment_ends_with_the_same_front(tmp_path, c
 def test_a_candidate_that_was_being_measured_comes_again(tmp_path, place):
     def ask(candidates):
         trial = candidates.next_trial()
-        return trial, search.draw_length_config(trial, 3, 0.5)
+        return trial, search.draw_length_config(trial, [0.5] * 3)
 
     def tell(candidates, trial, shares):
         trial.set_user_attr("length_config", shares)
@@ -155,7 +166,7 @@ def test_a_study_of_other_settings_is_refused(tmp_path):
 
 
 def test_the_test_set_is_refused(tmp_path, city_file, monkeypatch):
-    monkeypatch.setattr(search, "TEST_SETS", (search.identity(city_file),))
+    monkeypatch.setattr(data, "TEST_SETS", (data.identity(city_file),))
     monkeypatch.setattr(sys, "argv", command(tmp_path / "model", city_file)[2:])
     with pytest.raises(ValueError, match="cities.json is a test set"):
         search.main()
