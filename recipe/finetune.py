@@ -161,7 +161,14 @@ class EpochSampler(LengthGroupedSampler):
     def __iter__(self):
         epoch = int(round(self.trainer.state.epoch or 0, 6))
         self.generator.manual_seed(self.trainer.args.seed + 100_003 * epoch)
-        return super().__iter__()
+        indices = list(super().__iter__())
+        # These go from long batches down to short ones, fifty at a time, and the weights would sway with them. What
+        # several processes take at once stays together, so that none waits for another's longer rows.
+        together = self.batch_size * self.trainer.args.world_size
+        steps = len(indices) // together
+        order = torch.randperm(steps, generator=self.generator).tolist()
+        shuffled = [i for step in order for i in indices[step * together : (step + 1) * together]]
+        return iter(shuffled + indices[steps * together :])
 
 
 def add_teacher_logits(features, folders, collator, batch_size, bf16):
