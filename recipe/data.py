@@ -119,19 +119,19 @@ def identities(sources):
     """
     named = {Path(source).name: identity(source) for source in sources}
     if len(named) < len(sources):
-        raise ValueError(f"of the data {sources} two have one name")
+        raise ValueError(f"--data {sources} has a name twice")
     return named
 
 
 def refuse_test_sets(option, sources):
-    """Lets only `sources` pass that are no test sets.
+    """Lets only `sources` pass, name -> [`identity`], that are no test sets.
 
     Raises:
         ValueError: one of them is; `option` is what it was given as.
     """
-    for source in sources:
-        if identity(source) in TEST_SETS:
-            raise ValueError(f"{option} {source} is a test set, expected data to train or choose on")
+    for name, known_by in sources.items():
+        if known_by in TEST_SETS:
+            raise ValueError(f"{option} {name} is a test set, expected data to train or choose on")
 
 
 def file_sha256(path):

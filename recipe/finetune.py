@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import (
     cap_questions_per_paragraph,
+    identity,
     load_config,
     load_tokenizer,
     read_questions,
@@ -230,7 +231,7 @@ def train(trainer_class, model, arguments, training, **trainer_arguments):
     """
     if training.n_gpu > 1:
         raise ValueError(f"one process has {training.n_gpu} GPUs; start one for each by accelerate launch -m")
-    refuse_test_sets("--train", arguments.train)
+    refuse_test_sets("--train", {source: identity(source) for source in arguments.train})
     tokenizer = load_tokenizer(base_folder(arguments))
 
     def features_of(split):

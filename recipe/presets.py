@@ -1,4 +1,4 @@
-"""Reads and writes the presets of a model folder, `length_configs.json`."""
+"""What stands in a model folder's presets, `length_configs.json`, and how a measurement gets there."""
 
 import math
 
@@ -27,15 +27,9 @@ def without_scores(config, presets):
     return {name: describe_preset(config, preset["length_config"]) for name, preset in presets.items()}
 
 
-def write_presets(folder, config, presets):
-    """Replaces the folder's presets."""
-    config.length_presets = presets
-    config.save_presets(folder)
-
-
 def record_scores(folder, name, split, scores):
     """Writes a preset's scores into the folder's presets."""
     config = QuaLAMiniLMConfig.from_pretrained(folder)
     config.token_lengths(name)
     config.length_presets[name][split] = describe_scores(scores)
-    write_presets(folder, config, config.length_presets)
+    config.save_presets(folder)

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import datasets
+import matplotlib
 import numpy as np
 import optuna
 import torch
@@ -27,7 +28,7 @@ from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe.adapt import drop_ratio_bounds
 from recipe.data import file_sha256, identities, load_tokenizer, read_questions, refuse_test_sets
 from recipe.evaluate import ROOT, answer_all, score
-from recipe.presets import describe_preset, describe_scores, write_presets
+from recipe.presets import describe_preset, describe_scores
 from recipe.results import describe_run, write_json
 
 # From the dearest to the cheapest; "full" comes before them.
@@ -262,14 +263,15 @@ def main():
     parser.add_argument("--output", default="results/search.json", help="results file to write (%(default)s)")
     parser.add_argument("--plot", default="assets/pareto.png", help="picture to write (%(default)s)")
     arguments = parser.parse_args()
-    refuse_test_sets("--data", arguments.data)
+    data = identities(arguments.data)
+    refuse_test_sets("--data", data)
 
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
     config, full = model.config, [1.0] * model.config.num_hidden_layers
     settings = {name: getattr(arguments, name) for name in ("population", "subset", "max_loss", "batch_size", "seed")}
     settings |= {
         "length_drop_ratio_bound": drop_ratio_bounds(arguments.length_drop_ratio_bound, config.num_hidden_layers),
-        "data": identities(arguments.data),
+        "data": data,
         "weights_sha256": file_sha256(Path(arguments.model) / "model.safetensors"),
     }
     candidates = Candidates(arguments.study, settings)
@@ -298,18 +300,15 @@ def main():
         "presets": presets,
         "survivors": scored,
         "candidates": measured(candidates.on_subset),
-        **describe_run("recipe.search", optuna, torchmetrics),
+        **describe_run("recipe.search", optuna, matplotlib, torchmetrics),
     }
     write_json(arguments.output, report)
     plot(arguments.plot, report)
-    write_presets(
-        arguments.model,
-        config,
-        {
-            name: describe_preset(config, preset["length_config"]) | {"validation": describe_scores(preset)}
-            for name, preset in presets.items()
-        },
-    )
+    config.length_presets = {
+        name: describe_preset(config, preset["length_config"]) | {"validation": describe_scores(preset)}
+        for name, preset in presets.items()
+    }
+    config.save_presets(arguments.model)
     print(f"Wrote {', '.join(presets)} to {arguments.model}/{PRESETS_FILE}, {arguments.output} and {arguments.plot}")
 
 
