@@ -170,17 +170,39 @@ class QuaLAMiniLMIntermediate(nn.Module):
 class QuaLAMiniLMScorer(nn.Module):
     """Significance of each token from what enters a layer: (batch, slots, hidden) to (batch, slots).
 
-    Two layers with a narrow middle, about a hundredth of the layer's own work.
+    A token matters by what it is, by how well it matches the question, and by both in its neighbourhood: of the answer
+    the lower layers know no more than that it stands near words that the question uses. A match is the greatest cosine
+    to any token, each weighed by a gate that learns to open for the question's (ColBERT's late interaction, Khattab
+    and Zaharia, arXiv:2004.12832); there are `HEADS` of them. About a fiftieth of the layer's own work.
     """
+
+    HEADS, HEAD_SIZE = 4, 8
+    REACH = 16  # tokens to either side that make a neighbourhood
 
     def __init__(self, config):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, max(1, config.hidden_size // 8))
+        features = max(1, config.hidden_size // 12)
+        self.sizes = features, self.HEADS * self.HEAD_SIZE, self.HEADS
+        self.dense = nn.Linear(config.hidden_size, sum(self.sizes))
         self.act_fn = nn.GELU()
-        self.out_proj = nn.Linear(self.dense.out_features, 1, bias=False)  # a bias would rank nothing
+        channels = features + self.HEADS
+        self.neighbourhood = nn.Conv1d(channels, channels, 2 * self.REACH + 1, padding=self.REACH, groups=channels)
+        self.out_proj = nn.Linear(2 * channels, 1, bias=False)  # a bias would rank nothing
 
-    def forward(self, hidden_states):
-        return self.out_proj(self.act_fn(self.dense(hidden_states))).squeeze(-1)
+    def forward(self, hidden_states, alive):
+        """`alive` (bool `(batch, slots)` or `None`: all): slots that hold a token; the others tell it nothing."""
+        features, matched, gate = self.dense(hidden_states).split(self.sizes, -1)
+        matched = F.normalize(matched.unflatten(-1, (self.HEADS, self.HEAD_SIZE)).transpose(1, 2), dim=-1)
+        gate = gate.sigmoid()
+        if alive is not None:
+            gate = gate * alive[..., None]
+        gated = matched * gate.transpose(1, 2)[..., None]
+        match = (matched @ gated.transpose(-1, -2)).amax(-1).transpose(1, 2)
+        own = torch.cat((self.act_fn(features), match), -1)
+        if alive is not None:
+            own = own * alive[..., None]
+        around = self.act_fn(self.neighbourhood(own.transpose(1, 2))).transpose(1, 2)
+        return self.out_proj(torch.cat((own, around), -1)).squeeze(-1)
 
 
 class QuaLAMiniLMLayer(GradientCheckpointingLayer):
@@ -206,7 +228,7 @@ class QuaLAMiniLMLayer(GradientCheckpointingLayer):
         """
         slots, handed_on, residual = None, alive, hidden_states
         if keep is not None and self.scorer is not None:
-            slots, handed_on = select_slots(self.scorer(hidden_states), alive, keep, self.training)
+            slots, handed_on = select_slots(self.scorer(hidden_states, alive), alive, keep, self.training)
             residual = take_slots(hidden_states, slots)
         by_attention = keep is not None and self.scorer is None
         context, attention_map = self.attention.self(residual, hidden_states, alive, with_map or by_attention)
@@ -284,6 +306,9 @@ class QuaLAMiniLMEncoder(nn.Module):
         for i, layer in enumerate(self.layer):
             keep = [lengths.kept(i, row) for row in n]
             drops = keep != counts
+            if drops and positions is None and real is not None and bool((real[:, 1:] > real[:, :-1]).any()):
+                # Neighbours are those that are real: padding between them would keep them apart.
+                hidden_states, positions, alive = pack(hidden_states, real)
             entering = hidden_states
             hidden_states, slots, handed_on, attention_map = layer(entering, alive, keep if drops else None, with_maps)
             if drops:
@@ -307,6 +332,14 @@ class QuaLAMiniLMEncoder(nn.Module):
             attentions=attentions if with_maps else None,
             kept_tokens=kept_tokens if output_kept_tokens else None,
         )
+
+
+def pack(hidden_states, real):
+    """The real tokens of `hidden_states` (batch, sequence, hidden) in slots, their positions (`sequence` where a slot
+    is dead) and which slots are alive, both (batch, sequence)."""
+    positions = real.logical_not().byte().argsort(dim=1, stable=True)
+    alive = real.gather(1, positions)
+    return take_slots(hidden_states, positions), positions.masked_fill(~alive, real.shape[1]), alive
 
 
 def put_back(restored, hidden_states, positions):
@@ -336,6 +369,14 @@ class QuaLAMiniLMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _no_split_modules = ["QuaLAMiniLMEmbeddings", "QuaLAMiniLMLayer"]
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Conv1d):
+            # The mean of the neighbourhood: a kernel of small random numbers would find it slowly.
+            nn.init.constant_(module.weight, 1 / module.kernel_size[0])
+            nn.init.zeros_(module.bias)
+        else:
+            super()._init_weights(module)
 
     @property
     def length_presets(self):

@@ -25,7 +25,7 @@ from recipe.finetune import (
 )
 
 # The lower layers do not know yet what the question asks for, the upper ones are sure of it.
-BOUNDS = (0.15, 0.25, 0.4, 0.5, 0.5, 0.5)
+BOUNDS = (0.2, 0.3, 0.4, 0.5, 0.5, 0.4)
 
 
 @dataclass
@@ -214,7 +214,7 @@ def ranking_loss(scorers, hidden_states, needed, attention_mask):
     """
     losses = []
     for scorer, states, target in zip(scorers, hidden_states, needed):
-        scores = scorer(states).float()
+        scores = scorer(states, attention_mask != 0).float()
         losses.append(cross_entropy(target, scores.masked_fill(attention_mask == 0, torch.finfo(scores.dtype).min)))
     return sum(losses) / len(losses)
 

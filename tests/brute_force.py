@@ -77,10 +77,9 @@ class BruteForce:
                     received[q] += scores[q] / total
                 parts.append(sum(scores[q] / total * value[q][head] for q in states))
             attention[p] = torch.cat(parts)
+        significance = received
         if self.config.significance == "learned":
-            significance = {p: self._score(prefix + "scorer", state) for p, state in states.items()}
-        else:
-            significance = received
+            significance = self._scores(prefix + "scorer.", states)
         first, *others = sorted(states)
         others.sort(key=lambda p: (-significance[p], p))
         return {p: self._finish(prefix, attention[p], states[p]) for p in [first, *others][:keep]}
@@ -92,9 +91,31 @@ class BruteForce:
         inner = self._gelu(self._linear(prefix + "intermediate.dense", state))
         return self._norm(prefix + "output.LayerNorm", self._linear(prefix + "output.dense", inner) + state)
 
-    def _score(self, prefix, state):
-        narrow = self._gelu(self._linear(prefix + ".dense", state))
-        return (self.weights[prefix + ".out_proj.weight"] @ narrow).item()
+    def _scores(self, prefix, states):
+        heads, size = 4, 8
+        own = []
+        parts = [self._linear(prefix + "dense", states[p]) for p in sorted(states)]
+        features = len(parts[0]) - heads * (size + 1)
+        for part in parts:
+            matches = []
+            for head in range(heads):
+                vectors = [each[features + head * size : features + (head + 1) * size] for each in parts]
+                vectors = [vector / vector.norm() for vector in vectors]
+                mine = part[features + head * size : features + (head + 1) * size]
+                mine = mine / mine.norm()
+                gates = [torch.sigmoid(each[features + heads * size + head]) for each in parts]
+                matches.append(max((mine.dot(vector) * gate).item() for vector, gate in zip(vectors, gates)))
+            own.append(torch.cat((self._gelu(part[:features]), torch.tensor(matches, dtype=part.dtype))))
+        kernel = self.weights[prefix + "neighbourhood.weight"].squeeze(1)
+        scores = {}
+        for i, position in enumerate(sorted(states)):
+            around = self.weights[prefix + "neighbourhood.bias"].clone()
+            for offset in range(-16, 17):
+                if 0 <= i + offset < len(own):
+                    around += kernel[:, 16 + offset] * own[i + offset]
+            both = torch.cat((own[i], self._gelu(around)))
+            scores[position] = (self.weights[prefix + "out_proj.weight"] @ both).item()
+        return scores
 
     def _gelu(self, state):
         return state * 0.5 * (1 + torch.erf(state / math.sqrt(2)))

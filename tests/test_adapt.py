@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, TRANSFORMERS_5, right_padded, run, tiny_config, tiny_folder, trains
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
-from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering, QuaLAMiniLMScorer
 from recipe.data import load_tokenizer
 
 pytestmark = trains
@@ -106,15 +106,15 @@ def test_relevance_by_hand():
 
 def test_ranking_loss_is_the_cross_entropy_over_real_tokens():
     torch.manual_seed(0)
-    scorers = [torch.nn.Sequential(torch.nn.Linear(8, 1), torch.nn.Flatten(1)) for _ in range(2)]
-    states = [torch.randn(2, 5, 8) for _ in range(2)]
+    scorers = [QuaLAMiniLMScorer(tiny_config(significance="learned")) for _ in range(2)]
+    states = [torch.randn(2, 5, 16) for _ in range(2)]
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
     needed = [torch.rand(2, 5).mul(mask) for _ in range(2)]
     needed = [each / each.sum(-1, keepdim=True) for each in needed]
     losses = []
     for scorer, state, target in zip(scorers, states, needed):
         for row, length in enumerate([5, 3]):
-            scores = scorer(state[row : row + 1, :length]).flatten()
+            scores = scorer(state[row : row + 1, :length], None).flatten()
             losses.append(torch.nn.functional.cross_entropy(scores, target[row, :length]))
     expected = sum(losses) / 4
     assert ranking_loss(scorers, states, needed, mask).item() == pytest.approx(expected.item(), abs=1e-5)
