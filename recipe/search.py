@@ -6,6 +6,8 @@ search that was stopped goes on, and to the same front, when the same command is
 """
 
 import argparse
+import itertools
+import math
 import os
 from functools import partial
 from pathlib import Path
@@ -117,7 +119,8 @@ def best_of(candidates, at_least):
 
 
 def place_presets(full, candidates):
-    """Presets evenly placed along the front, `"full"` first: from one to the next MACs shrink by the same factor.
+    """Presets evenly placed along the front, `"full"` first and the cheapest last: the factors by which MACs shrink
+    from one to the next are as equal as the front allows (least sum of their squared logarithms).
 
     Args:
         full, candidates: what was measured on all questions, as by [`measured`].
@@ -133,13 +136,13 @@ def place_presets(full, candidates):
         raise ValueError(
             f"the front has {len(best)} candidates, too few for {len(PRESET_NAMES)} presets; search longer"
         )
-    cheapest, presets, first = best[-1]["macs_share"], {FULL: full}, 0
-    for step, name in enumerate(PRESET_NAMES, start=1):
-        last = len(best) - len(PRESET_NAMES) + step - 1  # leaves one for each preset still to come
-        share = cheapest ** (step / len(PRESET_NAMES))
-        at = next((i for i in range(first, last) if best[i]["macs_share"] <= share), last)
-        presets[name], first = best[at], at + 1
-    return presets
+
+    def unevenness(between):
+        shares = [each["macs_share"] for each in (full, *between, best[-1])]
+        return sum(math.log(dearer / cheaper) ** 2 for dearer, cheaper in itertools.pairwise(shares))
+
+    between = min(itertools.combinations(best[:-1], len(PRESET_NAMES) - 1), key=unevenness)
+    return {FULL: full, **dict(zip(PRESET_NAMES, (*between, best[-1])))}
 
 
 def loss(candidate, full):

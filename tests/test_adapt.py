@@ -217,7 +217,7 @@ def test_scorers_learn_at_their_own_rate(tmp_path, city_file, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options)])
     main()
     assert all(rate == (1e-2 if ".scorer." in name else 1e-5) for name, rate in rates.items())
-    assert sum(".scorer." in name for name in rates) == 6
+    assert sum(".scorer." in name for name in rates) == 10
 
 
 def test_scorers_can_be_trained_alone(tmp_path, city_file, monkeypatch):
@@ -233,7 +233,7 @@ def test_scorers_can_be_trained_alone(tmp_path, city_file, monkeypatch):
         QuaLAMiniLMForQuestionAnswering.from_pretrained(folder).state_dict() for folder in (base, tmp_path / "out")
     )
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert len(after) == len(before) + 6
+    assert len(after) == len(before) + 10
     with pytest.raises(ValueError, match="--significance attention, which has no scorers"):
         adapt("--significance", "attention")
 
@@ -248,8 +248,8 @@ def test_bounds_are_one_or_one_a_layer():
 
 def test_default_bounds_leave_as_much_at_any_depth():
     assert drop_ratio_bounds([], 6) == pytest.approx(BOUNDS)
-    left = 0.85 * 0.75
-    assert drop_ratio_bounds([], 3) == pytest.approx([1 - left, 1 - 0.6 * 0.5, 0.75])
+    left = 0.8 * 0.7
+    assert drop_ratio_bounds([], 3) == pytest.approx([1 - left, 1 - 0.6 * 0.5, 1 - 0.5 * 0.6])
     twelve = length_config(drop_ratio_bounds([], 12), ())
     assert twelve[1::2] == pytest.approx(length_config(BOUNDS, ()))
 

@@ -53,22 +53,26 @@ def candidate(f1, share):
     return {"f1": f1, "macs_share": share, "length_config": [share] * 3}
 
 
-def test_presets_shrink_by_the_same_factor_and_take_the_best_f1_within():
+def test_presets_shrink_by_factors_as_equal_as_the_front_allows():
     full = candidate(80, 1.0)
-    front = [candidate(70, 0.16), candidate(75, 0.3), candidate(78, 0.4), candidate(79, 0.6), candidate(79.5, 0.8)]
-    # From 1 to 0.16 in four steps: 0.632, 0.4, 0.253, 0.16.
+    front = [candidate(70, 0.16), candidate(75, 0.3), candidate(78, 0.41), candidate(79, 0.6), candidate(79.5, 0.8)]
+    # From 1 to 0.16 in four equal steps: 0.632, 0.4, 0.253, 0.16.
     worse = [candidate(77, 0.38), candidate(60, 0.62), candidate(74, 0.25)]
     presets = search.place_presets(full, [*worse, *front])
     assert {name: preset["macs_share"] for name, preset in presets.items()} == {
         "full": 1.0,
         "accurate": 0.6,
-        "balanced": 0.4,
+        "balanced": 0.38,
         "fast": 0.25,
         "fastest": 0.16,
     }
+    # Twins on the front do not make two presets.
+    shares = [0.42, 0.45, 0.499, 0.5, 0.6]
+    presets = search.place_presets(full, [candidate(70 + i, share) for i, share in enumerate(shares)])
+    assert [preset["macs_share"] for preset in presets.values()] == [1.0, 0.6, 0.5, 0.45, 0.42]
     # Where the front has gaps presets still differ.
     presets = search.place_presets(full, front[:4])
-    assert [preset["macs_share"] for preset in presets.values()] == [1.0, 0.6, 0.4, 0.3, 0.16]
+    assert [preset["macs_share"] for preset in presets.values()] == [1.0, 0.6, 0.41, 0.3, 0.16]
     with pytest.raises(ValueError, match="the front has 3 candidates, too few for 4 presets"):
         search.place_presets(full, front[:3])
 
