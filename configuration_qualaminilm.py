@@ -13,7 +13,7 @@ from transformers.utils import cached_file, logging
 logger = logging.get_logger(__name__)
 
 PRESETS_FILE = "length_configs.json"
-CODE_FILES = ("configuration_qualaminilm.py", "modeling_qualaminilm.py", "pipeline_qualaminilm.py")
+CODE_FILES = tuple(f"{room}_qualaminilm.py" for room in ("configuration", "modeling", "quantization", "pipeline"))
 AUTO_MAP = {
     "AutoConfig": "configuration_qualaminilm.QuaLAMiniLMConfig",
     "AutoModel": "modeling_qualaminilm.QuaLAMiniLMModel",
@@ -66,6 +66,7 @@ class QuaLAMiniLMConfig(PretrainedConfig):
             [`QuaLAMiniLMConfig.token_lengths`].
         length_presets (`dict`): name -> preset, as in the `presets` of `length_configs.json`. `"full"`, which drops
             nothing, is always among them. Kept in `length_configs.json`, never in `config.json`.
+        int8_storage (`dict` of `str`): how int8 weights are stored, in words; `None`: the weights are floats.
 
     Raises:
         ValueError: a field that is none of the accepted values, naming it.
@@ -92,6 +93,7 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         significance="learned",
         length_config="full",
         length_presets=None,
+        int8_storage=None,
         **kwargs,
     ):
         for name, value, accepted in (
@@ -119,6 +121,7 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         self.embedding_type = embedding_type
         self.significance = significance
         self.length_config = length_config
+        self.int8_storage = int8_storage
         full = [1.0] * num_hidden_layers
         self.length_presets = {"full": {"length_config": full}, **(length_presets or {})}
         if self.length_presets["full"]["length_config"] != full:

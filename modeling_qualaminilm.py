@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_qualaminilm import QuaLAMiniLMConfig
+from .quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear, attention_dtype
 
 
 @dataclass
@@ -58,14 +59,25 @@ class QuaLAMiniLMQuestionAnsweringOutput(ModelOutput):
     kept_tokens: Optional[tuple] = None
 
 
+def embedding(config, num_embeddings, padding_idx=None):
+    """Embeddings in the kind of numbers that the configuration stores."""
+    kind = QuantizedEmbedding if config.int8_storage else nn.Embedding
+    return kind(num_embeddings, config.hidden_size, padding_idx=padding_idx)
+
+
+def linear(config, in_features, out_features):
+    """A linear layer in the kind of numbers that the configuration stores."""
+    return (QuantizedLinear if config.int8_storage else nn.Linear)(in_features, out_features)
+
+
 class QuaLAMiniLMEmbeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.roberta = config.embedding_type == "roberta"
         self.padding_idx = config.pad_token_id
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.word_embeddings = embedding(config, config.vocab_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = embedding(config, config.max_position_embeddings)
+        self.token_type_embeddings = embedding(config, config.type_vocab_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
@@ -79,7 +91,7 @@ class QuaLAMiniLMEmbeddings(nn.Module):
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
-        return self.dropout(self.LayerNorm(embeddings))
+        return self.dropout(self.LayerNorm(embeddings.to(self.LayerNorm.weight.dtype)))
 
     def _position_ids(self, input_ids, shape, device):
         first = self.padding_idx + 1 if self.roberta else 0
@@ -97,9 +109,9 @@ class QuaLAMiniLMSelfAttention(nn.Module):
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
         self.attention_head_size = config.hidden_size // config.num_attention_heads
-        self.query = nn.Linear(config.hidden_size, config.hidden_size)
-        self.key = nn.Linear(config.hidden_size, config.hidden_size)
-        self.value = nn.Linear(config.hidden_size, config.hidden_size)
+        self.query = linear(config, config.hidden_size, config.hidden_size)
+        self.key = linear(config, config.hidden_size, config.hidden_size)
+        self.value = linear(config, config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, query_states, hidden_states, alive, with_map):
@@ -110,12 +122,8 @@ class QuaLAMiniLMSelfAttention(nn.Module):
         (batch, heads, queries, keys), else `None`.
         """
         query, key, value = (
-            projection(states).unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-            for projection, states in (
-                (self.query, query_states),
-                (self.key, hidden_states),
-                (self.value, hidden_states),
-            )
+            projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            for projected in self.project(query_states, hidden_states)
         )
         mask = None
         if alive is not None:
@@ -136,18 +144,29 @@ class QuaLAMiniLMSelfAttention(nn.Module):
             )
         return context.transpose(1, 2).flatten(2), probabilities
 
+    def project(self, query_states, hidden_states):
+        """Queries, keys and values, (batch, queries or keys, hidden)."""
+        if not isinstance(self.query, QuantizedLinear):
+            return self.query(query_states), self.key(hidden_states), self.value(hidden_states)
+        dtype = attention_dtype()
+        quantized = self.query.quantize(hidden_states)
+        if query_states is hidden_states:
+            return self.query.kernel(self.key, self.value)(quantized, dtype).chunk(3, -1)
+        query = self.query.kernel()(self.query.quantize(query_states), dtype)
+        return query, *self.key.kernel(self.value)(quantized, dtype).chunk(2, -1)
+
 
 class QuaLAMiniLMResidual(nn.Module):
     """Projection, dropout, residual connection and LayerNorm: BERT's `BertSelfOutput` and `BertOutput`."""
 
     def __init__(self, config, in_features):
         super().__init__()
-        self.dense = nn.Linear(in_features, config.hidden_size)
+        self.dense = linear(config, in_features, config.hidden_size)
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states, input_tensor):
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + input_tensor)
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)).to(input_tensor.dtype) + input_tensor)
 
 
 class QuaLAMiniLMAttention(nn.Module):
@@ -160,10 +179,14 @@ class QuaLAMiniLMAttention(nn.Module):
 class QuaLAMiniLMIntermediate(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.dense = linear(config, config.hidden_size, config.intermediate_size)
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
+        self.is_gelu = config.hidden_act == "gelu"
 
-    def forward(self, hidden_states):
+    def forward(self, hidden_states, following):
+        """What the linear layer `following` takes: (batch, tokens, intermediate)."""
+        if self.is_gelu and isinstance(self.dense, QuantizedLinear):
+            return self.dense.kernel().gelu_for(self.dense.quantize(hidden_states), following.kernel())
         return self.intermediate_act_fn(self.dense(hidden_states))
 
 
@@ -236,7 +259,7 @@ class QuaLAMiniLMLayer(GradientCheckpointingLayer):
             slots, handed_on = select_slots(received_attention(attention_map, alive), alive, keep, self.training)
             context, residual = take_slots(context, slots), take_slots(hidden_states, slots)
         attention_output = self.attention.output(context, residual)
-        layer_output = self.output(self.intermediate(attention_output), attention_output)
+        layer_output = self.output(self.intermediate(attention_output, self.output.dense), attention_output)
         return layer_output, slots, handed_on, attention_map if with_map else None
 
 
@@ -377,6 +400,37 @@ class QuaLAMiniLMPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
         else:
             super()._init_weights(module)
+
+    def dequantize(self, dtype=None):
+        """Puts float weights in the place of int8 ones: to train, to save, or to run on a GPU.
+
+        Args:
+            dtype (`torch.dtype`): of all weights; float32 by default.
+
+        Returns:
+            this model.
+
+        Raises:
+            ValueError: its weights are floats already, as in transformers.
+        """
+        if not self.config.int8_storage:
+            raise ValueError("the weights are floats: you need to first quantize your model in order to dequantize it")
+        for parent in list(self.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, (QuantizedEmbedding, QuantizedLinear)):
+                    setattr(parent, name, child.dequantize())
+        self.config.int8_storage = None
+        return self.to(dtype or torch.float32)
+
+    def train(self, mode=True):
+        """As in [`torch.nn.Module`].
+
+        Raises:
+            ValueError: `mode` with int8 weights, which cannot learn.
+        """
+        if mode and self.config.int8_storage:
+            raise ValueError("int8 weights cannot be trained: call dequantize() first")
+        return super().train(mode)
 
     @property
     def length_presets(self):

@@ -53,9 +53,9 @@ class BruteForce:
             if ids[position] != padding:
                 number += sum(1 for earlier in ids[: position + 1] if earlier != padding)
         total = (
-            self.weights["bert.embeddings.word_embeddings.weight"][ids[position]]
-            + self.weights["bert.embeddings.position_embeddings.weight"][number]
-            + self.weights["bert.embeddings.token_type_embeddings.weight"][0]
+            self._row_of("bert.embeddings.word_embeddings", ids[position])
+            + self._row_of("bert.embeddings.position_embeddings", number)
+            + self._row_of("bert.embeddings.token_type_embeddings", 0)
         )
         return self._norm("bert.embeddings.LayerNorm", total)
 
@@ -120,7 +120,16 @@ class BruteForce:
     def _gelu(self, state):
         return state * 0.5 * (1 + torch.erf(state / math.sqrt(2)))
 
+    def _row_of(self, name, number):
+        scale = self.weights[name + ".weight_scale"][number] if name + ".weight_scale" in self.weights else 1
+        return self.weights[name + ".weight"][number] * scale
+
     def _linear(self, name, state):
+        if name + ".weight_scale" in self.weights:
+            scale, zero_point = self.weights[name + ".input_scale"], self.weights[name + ".input_zero_point"]
+            quantized = torch.clamp(torch.floor(state / scale + zero_point + 0.5), 0, 255) - zero_point
+            product = self.weights[name + ".weight"] @ quantized
+            return product * self.weights[name + ".weight_scale"] * scale + self.weights[name + ".bias"]
         return self.weights[name + ".weight"] @ state + self.weights[name + ".bias"]
 
     def _norm(self, name, state):

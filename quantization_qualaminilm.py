@@ -1,0 +1,217 @@
+"""Int8 weights and the CPU kernels behind them.
+
+A linear layer stores int8 weights, symmetric, with one scale an output feature, and takes 8-bit activations,
+asymmetric, with one scale and zero point for the whole tensor (Jacob et al., arXiv:1712.05877):
+
+    output = (quantized - input_zero_point) @ weight.T * weight_scale * input_scale + bias
+    quantized = clamp(round(input / input_scale) + input_zero_point, 0, 255)
+
+Products of 8-bit integers are summed exactly, by oneDNN where the processor can, else in float32.
+"""
+
+import functools
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# What config.json says of the stored tensors, for readers that are not this code.
+INT8_STORAGE = {
+    "linear": "float weight = weight * weight_scale[:, None]; input = (uint8 - input_zero_point) * input_scale",
+    "embedding": "float weight = weight * weight_scale[:, None]",
+}
+
+
+class Int8Weight(nn.Module):
+    """`weight` (int8, (rows, columns)) with one float32 `weight_scale` a row. Scales stay float32 whatever the module
+    is cast to: the integers mean nothing without them."""
+
+    def __init__(self, rows, columns):
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(rows, columns, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.ones(rows, dtype=torch.float32))
+
+    def dequantized_weight(self):
+        """float32 (rows, columns)."""
+        return self.weight * self.weight_scale[:, None]
+
+    def set_weight(self, weight):
+        """Rounds `weight` (float, (rows, columns)) to this module's integers."""
+        weight = weight.detach().float()
+        self.weight_scale.copy_((weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny))
+        self.weight.copy_((weight / self.weight_scale[:, None]).round())
+
+    def _apply(self, fn, recurse=True):
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer.dtype == torch.float32}
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            if self._buffers[name].dtype != torch.float32:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+
+class QuantizedEmbedding(Int8Weight):
+    """`nn.Embedding` over int8 rows: int64 (...) to float (..., columns)."""
+
+    def __init__(self, num_embeddings, embedding_dim, padding_idx=None):
+        super().__init__(num_embeddings, embedding_dim)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+
+    def forward(self, input_ids):
+        return self.weight[input_ids] * self.weight_scale[input_ids][..., None]
+
+    def dequantize(self):
+        """The `nn.Embedding` of the same rows."""
+        return nn.Embedding.from_pretrained(self.dequantized_weight(), freeze=False, padding_idx=self.padding_idx)
+
+
+class QuantizedLinear(Int8Weight):
+    """`nn.Linear` over int8 weights: (..., in_features), float or uint8 as [`QuantizedLinear.quantize`] gives it, to
+    float32 (..., out_features).
+
+    What the processor's kernel needs beside the stored tensors is made at the first call and kept out of copies and
+    pickles.
+    """
+
+    def __init__(self, in_features, out_features):
+        super().__init__(out_features, in_features)
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32))
+        self.register_buffer("input_scale", torch.ones((), dtype=torch.float32))
+        self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.uint8))
+        self._kernels = {}
+
+    def quantize(self, hidden_states):
+        """What this layer takes of `hidden_states` (float, any shape): uint8, the same shape."""
+        return self.kernel().quantize(hidden_states)
+
+    def forward(self, hidden_states):
+        if hidden_states.dtype != torch.uint8:
+            hidden_states = self.quantize(hidden_states)
+        return self.kernel()(hidden_states)
+
+    def kernel(self, *others):
+        """A [`Kernel`] that computes this layer, and `others` beside it, in one product.
+
+        Raises:
+            ValueError: these layers quantise their input differently.
+        """
+        key = tuple(map(id, others))
+        if key not in self._kernels:
+            exact = self.weight.device.type == "cpu" and onednn_is_exact()
+            self._kernels[key] = (OneDNNKernel if exact else FloatKernel)([self, *others])
+        return self._kernels[key]
+
+    def dequantize(self):
+        """The `nn.Linear` of the same weights."""
+        linear = nn.Linear(self.in_features, self.out_features, device=self.weight.device)
+        linear.weight.data = self.dequantized_weight()
+        linear.bias.data = self.bias.clone()
+        return linear
+
+    def _apply(self, fn, recurse=True):
+        self._kernels = {}
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self._kernels = {}
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self):
+        return self.__dict__ | {"_kernels": {}}
+
+
+class Kernel:
+    """[`QuantizedLinear`] layers that read one input, side by side, ready for a processor."""
+
+    def __init__(self, linears):
+        inputs = {(linear.input_scale.item(), linear.input_zero_point.item()) for linear in linears}
+        if len(inputs) > 1:
+            raise ValueError(f"layers that read one input quantise it with these scales and zero points: {inputs}")
+        ((self.input_scale, self.input_zero_point),) = inputs
+        # Half is added so that truncation, which conversion does anyway, rounds.
+        self.shift = torch.tensor(self.input_zero_point + 0.5, device=linears[0].weight.device)
+        self.bias = torch.cat([linear.bias for linear in linears])
+        self.pack(torch.cat([linear.weight for linear in linears]), torch.cat([each.weight_scale for each in linears]))
+
+    def quantize(self, hidden_states):
+        """float (...) to uint8 (...)."""
+        return torch.add(self.shift, hidden_states.float(), alpha=1 / self.input_scale).clamp_(0, 255).to(torch.uint8)
+
+
+class OneDNNKernel(Kernel):
+    """Products of oneDNN, with what follows them fused in."""
+
+    def pack(self, weight, weight_scale):
+        self.weight = torch.ops.onednn.qlinear_prepack(weight, None)
+        self.weight_scale = weight_scale
+        self.weight_zero_point = torch.zeros_like(weight_scale, dtype=torch.int32)
+
+    def __call__(self, quantized, dtype=torch.float32):
+        """uint8 (..., in_features) to `dtype` (..., out_features)."""
+        return self._product(quantized, 1.0, 0, dtype, "none")
+
+    def gelu_for(self, quantized, following):
+        """GELU of the product, as uint8 for the kernel `following`."""
+        return self._product(quantized, following.input_scale, following.input_zero_point, torch.uint8, "gelu")
+
+    def _product(self, quantized, output_scale, output_zero_point, dtype, post_op):
+        return torch.ops.onednn.qlinear_pointwise(
+            quantized,
+            self.input_scale,
+            self.input_zero_point,
+            self.weight,
+            self.weight_scale,
+            self.weight_zero_point,
+            self.bias,
+            output_scale,
+            output_zero_point,
+            dtype,
+            post_op,
+            [],
+            "none",
+        )
+
+
+class FloatKernel(Kernel):
+    """The same integers multiplied in float32, on any device; sums of products are exact up to 2**24."""
+
+    def pack(self, weight, weight_scale):
+        self.weight = weight.float()
+        self.scale = weight_scale * self.input_scale
+
+    def __call__(self, quantized, dtype=torch.float32):
+        product = F.linear(quantized.float() - self.input_zero_point, self.weight)
+        return torch.addcmul(self.bias, product, self.scale).to(dtype)
+
+    def gelu_for(self, quantized, following):
+        return following.quantize(F.gelu(self(quantized)))
+
+
+@functools.cache
+def onednn_is_exact():
+    """Whether oneDNN multiplies 8-bit integers here, and sums them without saturating, which it does silently where the
+    processor has no such instruction (VNNI). Says so once where not."""
+    linear = QuantizedLinear(64, 16)
+    linear.weight.copy_((torch.arange(16 * 64) % 3 * 127 - 127).view(16, 64).sort(1, descending=True).values)
+    quantized = torch.full((4, 64), 255, dtype=torch.uint8)
+    try:
+        exact = torch.equal(OneDNNKernel([linear])(quantized), FloatKernel([linear])(quantized))
+    except (AttributeError, RuntimeError):
+        exact = False
+    if not exact:
+        logger.warning(
+            "This processor or this build of torch has no exact 8-bit matrix products (VNNI): answers are the same, "
+            "but take the time of float32."
+        )
+    return exact
+
+
+@functools.cache
+def attention_dtype():
+    """What queries, keys and values are handed on in: bfloat16 where the processor multiplies it, float32 elsewhere."""
+    capabilities = torch.cpu.get_capabilities()
+    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32

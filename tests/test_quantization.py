@@ -1,0 +1,311 @@
+import copy
+import json
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from conftest import ROOT, right_padded, run, tiny_config, tiny_folder
+from qualaminilm import modeling_qualaminilm
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from qualaminilm.quantization_qualaminilm import (
+    FloatKernel,
+    OneDNNKernel,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    onednn_is_exact,
+)
+from recipe.quantize import Inputs, main, quantize
+from tests.brute_force import BruteForce
+
+KINDS = [(family, significance) for family in ("bert", "roberta") for significance in ("attention", "learned")]
+has_qlinear = pytest.mark.skipif(not hasattr(torch.ops.onednn, "qlinear_pointwise"), reason="torch without oneDNN")
+
+
+def random_linear(in_features, out_features, largest=127, seed=0, input_scale=0.05, input_zero_point=110):
+    generator = torch.Generator().manual_seed(seed)
+    linear = QuantizedLinear(in_features, out_features)
+    linear.weight.copy_(torch.randint(-largest, largest + 1, linear.weight.shape, generator=generator))
+    linear.weight_scale.copy_(torch.rand(out_features, generator=generator) * 0.01 + 1e-3)
+    linear.bias.copy_(torch.randn(out_features, generator=generator))
+    linear.input_scale.fill_(input_scale)
+    linear.input_zero_point.fill_(input_zero_point)
+    return linear
+
+
+def integer_twin(linear, quantized):
+    sums = (quantized.long() - linear.input_zero_point.long()) @ linear.weight.long().T
+    return sums.double() * linear.weight_scale.double() * linear.input_scale.double() + linear.bias.double()
+
+
+def int8_model(family="bert", significance="learned", **sizes):
+    torch.manual_seed(0)
+    model = QuaLAMiniLMForQuestionAnswering(
+        tiny_config(embedding_type=family, significance=significance, **sizes)
+    ).eval()
+    input_ids, _ = right_padded(model.config, [30] * 8)
+    types = torch.zeros_like(input_ids).tolist()
+    rows = [{"input_ids": ids, "token_type_ids": of_row} for ids, of_row in zip(input_ids.tolist(), types)]
+    return model, quantize(model, rows)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 5), st.integers(0, 255), st.integers(0, 2**31))
+@settings(max_examples=60, deadline=None)
+def test_a_linear_layer_sums_exact_integer_products(in_features, out_features, tokens, zero_point, seed):
+    linear = random_linear(in_features, out_features, seed=seed, input_zero_point=zero_point)
+    hidden_states = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(seed)) * 8
+    quantized = linear.quantize(hidden_states)
+    assert quantized.dtype == torch.uint8
+    steps = hidden_states.double() / linear.input_scale.double() + zero_point
+    inside = (steps > 0) & (steps < 255)
+    assert ((quantized.double() - steps).abs()[inside] <= 0.5001).all()
+    assert (quantized[steps <= 0] == 0).all() and (quantized[steps >= 255] == 255).all()
+    torch.testing.assert_close(linear(hidden_states).double(), integer_twin(linear, quantized), atol=1e-3, rtol=1e-5)
+
+
+@has_qlinear
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.integers(0, 255), st.integers(0, 2**31))
+@settings(max_examples=40, deadline=None)
+def test_onednn_computes_what_the_float_kernel_does(in_features, out_features, tokens, zero_point, seed):
+    # Weights of seven bits saturate on no processor.
+    layers = [random_linear(in_features, out_features, 63, seed + i, input_zero_point=zero_point) for i in range(2)]
+    following = random_linear(out_features, 3, 63, input_scale=0.1, input_zero_point=20)
+    generator = torch.Generator().manual_seed(seed)
+    quantized = torch.randint(0, 256, (1, tokens, in_features), generator=generator, dtype=torch.uint8)
+    fast, slow = OneDNNKernel(layers), FloatKernel(layers)
+    expected = torch.cat([integer_twin(layer, quantized) for layer in layers], -1)
+    torch.testing.assert_close(fast(quantized).double(), expected, atol=1e-3, rtol=1e-5)
+    torch.testing.assert_close(slow(quantized).double(), expected, atol=1e-3, rtol=1e-5)
+    assert fast(quantized, torch.bfloat16).dtype == slow(quantized, torch.bfloat16).dtype == torch.bfloat16
+    fast, slow = OneDNNKernel(layers[:1]), FloatKernel(layers[:1])
+    quantized_gelu = fast.gelu_for(quantized, OneDNNKernel([following]))
+    steps = F.gelu(integer_twin(layers[0], quantized)) / following.input_scale.double() + 20
+    for found in (quantized_gelu, slow.gelu_for(quantized, FloatKernel([following]))):
+        assert found.dtype == torch.uint8
+        assert (found.double() - steps.clamp(0, 255)).abs().max() <= 0.501
+
+
+def test_layers_that_read_one_input_must_quantise_it_alike():
+    layers = [random_linear(4, 4), random_linear(4, 4, input_scale=0.06)]
+    with pytest.raises(ValueError, match="quantise it with these scales and zero points"):
+        FloatKernel(layers)
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
+def test_stored_integers_are_the_nearest_and_reach_127(rows, columns, seed):
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    weight[0] = 0
+    embedding = QuantizedEmbedding(rows, columns)
+    embedding.set_weight(weight)
+    error = (embedding.dequantized_weight() - weight).abs()
+    assert (error <= embedding.weight_scale[:, None] / 2 * 1.001).all()
+    assert (embedding.weight[1:].abs().amax(1) == 127).all() and (embedding.weight[0] == 0).all()
+    ids = torch.arange(rows).expand(2, -1)
+    assert torch.equal(embedding(ids), embedding.dequantize()(ids))
+
+
+@pytest.mark.parametrize("length_config", ["full", [0.8, 0.5, 0.3]])
+@pytest.mark.parametrize("family, significance", KINDS)
+def test_the_int8_model_equals_the_brute_force_twin(family, significance, length_config, monkeypatch):
+    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda: torch.float32)
+    _, model = int8_model(family, significance)
+    input_ids, mask = right_padded(model.config, [13, 6], seed=3)
+    with torch.no_grad():
+        found = model(input_ids, mask, length_config=length_config, output_kept_tokens=True)
+    entries = [1.0] * 3 if length_config == "full" else length_config
+    logits, kept_tokens, _ = BruteForce(model).logits(input_ids, mask, entries)
+    for (row, position), expected in logits.items():
+        logit = [found.start_logits[row, position].item(), found.end_logits[row, position].item()]
+        assert logit == pytest.approx(expected, abs=1e-3)
+    for found_of_layer, expected_of_layer in zip(found.kept_tokens, kept_tokens):
+        assert [[p for p in row if p >= 0] for row in found_of_layer.tolist()] == expected_of_layer
+
+
+@pytest.mark.parametrize("family, significance", KINDS)
+def test_int8_stays_close_to_the_float_model(family, significance):
+    model, quantized = int8_model(family, significance)
+    input_ids, mask = right_padded(model.config, [20, 30], seed=5)
+    exact, found = model(input_ids, mask).start_logits, quantized(input_ids, mask).start_logits
+    assert (found - exact)[mask.bool()].abs().mean() < 0.15 * exact[mask.bool()].std()
+
+
+def test_mean_output_is_corrected_for_rounded_weights():
+    torch.manual_seed(0)
+    model, quantized = int8_model()
+    layer, rounded = model.bert.encoder.layer[0].output.dense, quantized.bert.encoder.layer[0].output.dense
+    seen = []
+    hook = layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].flatten(0, -2)))
+    input_ids, _ = right_padded(model.config, [30] * 8)
+    model(input_ids)
+    hook.remove()
+    seen = torch.cat(seen)
+    expected = layer(seen).mean(0)
+    found = (seen @ rounded.dequantized_weight().T + rounded.bias).mean(0)
+    uncorrected = (seen @ rounded.dequantized_weight().T + layer.bias).mean(0)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert (uncorrected - expected).abs().max() > 1e-4
+
+
+def test_clipping():
+    inputs = Inputs()
+    values = torch.randn(2000, 10, generator=torch.Generator().manual_seed(0))
+    values[0, 0], values[1, 0] = 50.0, -1.0
+    inputs.see(values)
+    scale, zero_point = inputs.scale_and_zero_point("minmax")
+    assert scale * (255 - zero_point) == pytest.approx(50, rel=0.01)
+    cut, zero_point = inputs.scale_and_zero_point(0.01)
+    assert cut * (255 - zero_point) == pytest.approx(torch.quantile(values.flatten(), 0.99).item(), abs=0.1)
+    assert -cut * zero_point == pytest.approx(torch.quantile(values.flatten(), 0.01).item(), abs=0.1)
+
+    def squared_error(scale, zero_point):
+        rounded = torch.fake_quantize_per_tensor_affine(values, scale, zero_point, 0, 255)
+        return (rounded - values).square().sum().item()
+
+    best = squared_error(*inputs.scale_and_zero_point("mse"))
+    assert best <= squared_error(scale, 5) and best <= squared_error(cut, zero_point)
+
+
+def test_copies_and_pickles_answer_alike():
+    _, model = int8_model()
+    input_ids, mask = right_padded(model.config, [9, 5])
+    expected = model(input_ids, mask).start_logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(input_ids, mask).start_logits, expected)
+    other = int8_model(initializer_range=0.3)[1]
+    other(input_ids)  # its kernels are made
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(input_ids, mask).start_logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_changes_the_floats_and_not_the_storage(tmp_path, dtype):
+    _, model = int8_model()
+    model.save_pretrained(tmp_path)
+    input_ids, mask = right_padded(model.config, [9, 5])
+    expected = model(input_ids, mask).start_logits
+    stored = load_file(tmp_path / "model.safetensors")
+    cast = copy.deepcopy(model).to(dtype)
+    for found in (QuaLAMiniLMForQuestionAnswering.from_pretrained(tmp_path, dtype=dtype), cast):
+        for name, tensor in found.state_dict().items():
+            if name.endswith(("_scale", "_zero_point")) or stored[name].dtype == torch.int8 or "dense.bias" in name:
+                exact = ".scorer." not in name
+                assert not exact or (tensor.dtype == stored[name].dtype and torch.equal(tensor, stored[name]))
+        assert found.qa_outputs.weight.dtype == dtype
+        logits = found(input_ids, mask).start_logits
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits[mask.bool()].float(), expected[mask.bool()], atol=0.2, rtol=0.1)
+
+
+def test_what_is_stored_can_be_read_without_this_code(tmp_path):
+    model, quantized = int8_model()
+    quantized.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["int8_storage"]["linear"].startswith("float weight = weight * weight_scale[:, None]")
+    stored = load_file(tmp_path / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        if name.removesuffix("weight") + "weight_scale" in stored:
+            parameter_again = stored[name] * stored[name + "_scale"][:, None]
+            assert stored[name].dtype == torch.int8
+            assert (parameter_again - parameter).abs().max() <= parameter.abs().max() / 254 * 1.001
+        elif not name.endswith("dense.bias"):
+            assert stored[name].dtype == torch.float32
+    assert (tmp_path / "quantization_qualaminilm.py").is_file()
+
+
+def test_dequantised_it_trains_saves_and_loads(tmp_path):
+    model, quantized = int8_model()
+    with pytest.raises(ValueError, match=r"int8 weights cannot be trained: call dequantize\(\) first"):
+        quantized.train()
+    input_ids, mask = right_padded(model.config, [9, 5])
+    exact = model(input_ids, mask).start_logits[mask.bool()]
+    again = quantized.dequantize()
+    assert again is quantized and again.config.int8_storage is None
+    with pytest.raises(ValueError, match="the weights are floats"):
+        again.dequantize()
+    torch.testing.assert_close(again(input_ids, mask).start_logits[mask.bool()], exact, atol=0.05, rtol=0.05)
+    assert {name for name, _ in again.named_parameters()} == {name for name, _ in model.named_parameters()}
+    labels = torch.tensor([2, 3])
+    again.train()(input_ids, mask, start_positions=labels, end_positions=labels).loss.backward()
+    assert again.bert.encoder.layer[0].intermediate.dense.weight.grad.abs().sum() > 0
+    again.eval().save_pretrained(tmp_path)
+    loaded = QuaLAMiniLMForQuestionAnswering.from_pretrained(tmp_path)
+    assert torch.equal(loaded(input_ids, mask).start_logits, again(input_ids, mask).start_logits)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_int8_on_a_gpu_computes_what_the_cpu_does():
+    _, model = int8_model()
+    input_ids, mask = right_padded(model.config, [9, 5])
+    expected = model(input_ids, mask).start_logits
+    found = model.cuda()(input_ids.cuda(), mask.cuda()).start_logits.cpu()
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-2, rtol=0)
+
+
+SATURATING = """
+import torch
+from qualaminilm import quantization_qualaminilm as quantization
+linear = quantization.QuantizedLinear(64, 8)
+linear.weight.fill_(127)
+for _ in range(2):
+    output = linear(torch.full((1, 64), 255, dtype=torch.uint8))
+print(type(linear.kernel()).__name__, output.unique().item())
+"""
+
+
+@has_qlinear
+def test_a_processor_that_saturates_gets_the_exact_path():
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", SATURATING], env=environment, check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["FloatKernel", str(float(64 * 127 * 255))]
+    assert done.stderr.count("has no exact 8-bit matrix products") == 1
+
+
+@pytest.mark.parametrize("failure", ["missing", "wrong"])
+def test_an_op_that_is_missing_or_wrong_is_not_used(failure, monkeypatch):
+    def product(*_, **__):
+        if failure == "missing":
+            raise AttributeError("no such op")
+        return torch.zeros(4, 16)
+
+    monkeypatch.setattr(OneDNNKernel, "__call__", product)
+    onednn_is_exact.cache_clear()
+    try:
+        assert not onednn_is_exact()
+        linear = random_linear(8, 4)
+        quantized = torch.full((2, 8), 200, dtype=torch.uint8)
+        torch.testing.assert_close(linear(quantized).double(), integer_twin(linear, quantized), atol=1e-3, rtol=1e-5)
+    finally:
+        monkeypatch.undo()
+        onednn_is_exact.cache_clear()
+
+
+def test_the_command_writes_a_model_that_answers(tmp_path, city_file):
+    base = tiny_folder(tmp_path / "base")
+    arguments = ["--model", base, "--data", city_file, "--windows", 12, "--output_dir", tmp_path / "int8"]
+    printed = run("recipe.quantize", *arguments).stdout
+    size = (tmp_path / "int8" / "model.safetensors").stat().st_size
+    assert f"{size / 1e6:.2f} MB of weights" in printed
+    assert size < 0.4 * (base / "model.safetensors").stat().st_size
+    exact, found = map(QuaLAMiniLMForQuestionAnswering.from_pretrained, (base, tmp_path / "int8"))
+    input_ids = torch.arange(1000, 1020)[None]
+    exact, found = exact(input_ids).start_logits, found(input_ids).start_logits
+    assert (found - exact).abs().mean() < 0.15 * exact.std()
+
+
+def test_the_command_refuses_what_it_cannot_quantise(tmp_path, city_file, monkeypatch):
+    _, model = int8_model()
+    model.save_pretrained(tmp_path / "int8")
+    command = ["quantize", "--model", str(tmp_path / "int8"), "--data", str(city_file), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(ValueError, match="is int8 already, expected a float model"):
+        main()
