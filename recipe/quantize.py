@@ -14,7 +14,6 @@ import torch
 from torch.ao.quantization import HistogramObserver
 from tqdm import tqdm
 
-from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.quantization_qualaminilm import INT8_STORAGE, QuantizedEmbedding, QuantizedLinear
 from recipe.data import identities, load_tokenizer, read_questions, refuse_test_sets, training_features
@@ -107,8 +106,8 @@ def quantize(model, rows, clipping="mse", correct_bias=True):
             module.bias.copy_(floats[name].bias.detach())
             if correct_bias:
                 module.bias += (floats[name].weight.detach() - module.dequantized_weight()) @ inputs.mean
-    stored = {name: tensor for name, tensor in model.state_dict().items() if name in dict(quantized.named_parameters())}
-    quantized.load_state_dict(stored, strict=False)
+    weights = model.state_dict()
+    quantized.load_state_dict({name: weights[name] for name, _ in quantized.named_parameters()}, strict=False)
     return quantized
 
 
@@ -122,10 +121,9 @@ def main():
     parser.add_argument("--output_dir", required=True, help="folder to write the int8 model to")
     arguments = parser.parse_args()
     refuse_test_sets("--data", identities(arguments.data))
-    config = QuaLAMiniLMConfig.from_pretrained(arguments.model)
-    if config.int8_storage:
-        raise ValueError(f"--model {arguments.model} is int8 already, expected a float model")
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    if model.config.int8_storage:
+        raise ValueError(f"--model {arguments.model} is int8 already, expected a float model")
     tokenizer = load_tokenizer(arguments.model)
     questions = datasets.concatenate_datasets([read_questions(source, "train") for source in arguments.data])
     questions = questions.shuffle(seed=arguments.seed).select(range(min(len(questions), arguments.windows)))
