@@ -152,10 +152,14 @@ def cap_questions_per_paragraph(questions, limit, seed):
 
 def load_config(folder):
     """Our configuration for the folder's model: its own, or the one that computes what its BERT or RoBERTa does."""
+    config = _config_as_stored(folder)
+    return config if isinstance(config, QuaLAMiniLMConfig) else QuaLAMiniLMConfig.from_transformers(config)
+
+
+def _config_as_stored(folder):
     model_type = PretrainedConfig.get_config_dict(folder)[0].get("model_type")
-    if model_type == QuaLAMiniLMConfig.model_type:
-        return QuaLAMiniLMConfig.from_pretrained(folder)
-    return QuaLAMiniLMConfig.from_transformers(AutoConfig.from_pretrained(folder))
+    kind = QuaLAMiniLMConfig if model_type == QuaLAMiniLMConfig.model_type else AutoConfig
+    return kind.from_pretrained(folder)
 
 
 def load_tokenizer(folder):
@@ -164,7 +168,7 @@ def load_tokenizer(folder):
     Sentence-embedding checkpoints store both, at 128 tokens, in tokenizer.json: they would silently cut contexts.
     """
     # With the configuration at hand transformers does not ask whether to run the folder's code to read it.
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=load_config(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=_config_as_stored(folder))
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     for setting in STALE_SETTINGS:

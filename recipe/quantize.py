@@ -111,6 +111,19 @@ def quantize(model, rows, clipping="mse", correct_bias=True):
     return quantized
 
 
+def calibration_rows(data, tokenizer, max_length=384, windows=256, seed=0):
+    """Windows of at most `max_length` tokens, about `windows` of them, drawn by `seed` from the training split of the
+    sources `data`: rows of [`training_features`].
+
+    Raises:
+        ValueError: one of the sources is a test set.
+    """
+    refuse_test_sets("--data", identities(data))
+    questions = datasets.concatenate_datasets([read_questions(source, "train") for source in data])
+    questions = questions.shuffle(seed=seed).select(range(min(len(questions), windows)))
+    return training_features(questions, tokenizer, max_length, doc_stride=max_length // 3)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a float model")
@@ -120,14 +133,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
     parser.add_argument("--output_dir", required=True, help="folder to write the int8 model to")
     arguments = parser.parse_args()
-    refuse_test_sets("--data", identities(arguments.data))
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
     if model.config.int8_storage:
         raise ValueError(f"--model {arguments.model} is int8 already, expected a float model")
     tokenizer = load_tokenizer(arguments.model)
-    questions = datasets.concatenate_datasets([read_questions(source, "train") for source in arguments.data])
-    questions = questions.shuffle(seed=arguments.seed).select(range(min(len(questions), arguments.windows)))
-    rows = training_features(questions, tokenizer, arguments.max_length, doc_stride=128)
+    rows = calibration_rows(arguments.data, tokenizer, arguments.max_length, arguments.windows, arguments.seed)
     quantized = quantize(model, rows)
     quantized.save_pretrained(arguments.output_dir)
     tokenizer.save_pretrained(arguments.output_dir)
