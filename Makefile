@@ -30,7 +30,7 @@ lint: .venv/.tests-installed
 	.venv/$(PIP_INSTALL) -r requirements-tests.txt
 	touch $@
 
-.venv-4/.tests-installed: requirements-4.txt requirements-tests.txt requirements-recipe.txt
+.venv-4/.tests-installed: requirements-4.txt requirements-tests.txt requirements-recipe.txt requirements-export.txt
 	$(PYTHON) -m venv .venv-4
-	.venv-4/$(PIP_INSTALL) -r requirements-4.txt -r requirements-tests.txt
+	.venv-4/$(PIP_INSTALL) -r requirements-4.txt -r requirements-tests.txt -r requirements-export.txt
 	touch $@

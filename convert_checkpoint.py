@@ -7,7 +7,6 @@ The result answers as SOURCE does and takes a `length_config`; recipe/ trains, s
 import argparse
 import json
 import re
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import load_tokenizer
 from recipe.quantize import calibration_rows, quantize
+from recipe.results import whole_folder
 
 ARCHITECTURES = {"bert": "BertForQuestionAnswering", "roberta": "RobertaForQuestionAnswering"}
 DOWNLOADED = ("*.json", "*.txt", "*.md", "model*.safetensors", "pytorch_model*.bin")
@@ -201,24 +201,19 @@ def model_card(folder, source, name, stored):
 
 
 def write_repository(out, model, tokenizer, card):
-    """Writes the repository beside `out` and renames it into place when it is whole.
+    """Writes the whole repository `out`, or nothing.
 
     Raises:
-        OSError: it could not be written; then nothing of it is left.
+        FileExistsError: it exists.
+        OSError: it could not be written.
     """
-    unfinished = out.with_name(f"{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        card.save(unfinished / "README.md")
-        unfinished.rename(out)
-    except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if isinstance(error, Exception):  # safetensors and tokenizers have their own for a full disk
+    with whole_folder(out) as unfinished:
+        try:
+            model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            card.save(unfinished / "README.md")
+        except Exception as error:  # safetensors and tokenizers have their own for a full disk
             raise OSError(f"OUT {out} could not be written: {error}") from error
-        raise
 
 
 def main():
@@ -240,9 +235,9 @@ def main():
 
 def convert(arguments):
     out = arguments.out
-    folder = source_folder(arguments.source, arguments.revision)
-    if out.exists() or out.is_symlink():
+    if out.exists() or out.is_symlink():  # before anything is downloaded
         raise FileExistsError(f"OUT {out} exists, expected a folder that is yet to be made")
+    folder = source_folder(arguments.source, arguments.revision)
     if folder.resolve() in out.resolve().parents:
         raise ValueError(f"OUT {out} lies in SOURCE {folder}, which is not to be changed")
     config = read_config(folder)

@@ -6,7 +6,10 @@ asymmetric, with one scale and zero point for the whole tensor (Jacob et al., ar
     output = (quantized - input_zero_point) @ weight.T * weight_scale * input_scale + bias
     quantized = clamp(round(input / input_scale) + input_zero_point, 0, 255)
 
-Products of 8-bit integers are summed exactly, by oneDNN where the processor can, else in float32.
+Products of 8-bit integers are summed exactly, by oneDNN where the processor can, else in float32. A processor without
+VNNI adds the products of input features 2j and 2j + 1 in 16 bits, and saturates silently. Weights whose magnitudes add
+up to at most `PAIR_LIMIT` there are exact all the same, since 255 * 128 < 2**15; [`QuantizedLinear.set_weight`] makes
+such weights.
 """
 
 import functools
@@ -17,6 +20,8 @@ from torch.nn import functional as F
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+PAIR_LIMIT = 128
 
 # What config.json says of the stored tensors, for readers that are not this code.
 INT8_STORAGE = {
@@ -41,8 +46,13 @@ class Int8Weight(nn.Module):
     def set_weight(self, weight):
         """Rounds `weight` (float, (rows, columns)) to this module's integers."""
         weight = weight.detach().float()
-        self.weight_scale.copy_((weight.abs().amax(1) / 127).clamp(min=torch.finfo(torch.float32).tiny))
+        self.weight_scale.copy_((self.magnitude(weight) / 127).clamp(min=torch.finfo(torch.float32).tiny))
         self.weight.copy_((weight / self.weight_scale[:, None]).round())
+
+    @staticmethod
+    def magnitude(weight):
+        """What becomes 127 of each row of `weight`: (rows,)."""
+        return weight.abs().amax(1)
 
     def _apply(self, fn, recurse=True):
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer.dtype == torch.float32}
@@ -84,6 +94,11 @@ class QuantizedLinear(Int8Weight):
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.uint8))
         self._kernels = {}
 
+    @staticmethod
+    def magnitude(weight):
+        # Each of the two rounds up by half at most: together they keep to 128, the PAIR_LIMIT.
+        return neighbours(weight.abs()).sum(-1).amax(1)
+
     def quantize(self, hidden_states):
         """What this layer takes of `hidden_states` (float, any shape): uint8, the same shape."""
         return self.kernel().quantize(hidden_states)
@@ -101,8 +116,8 @@ class QuantizedLinear(Int8Weight):
         """
         key = tuple(map(id, others))
         if key not in self._kernels:
-            exact = self.weight.device.type == "cpu" and onednn_is_exact()
-            self._kernels[key] = (OneDNNKernel if exact else FloatKernel)([self, *others])
+            linears = [self, *others]
+            self._kernels[key] = (OneDNNKernel if runs_on_onednn(linears) else FloatKernel)(linears)
         return self._kernels[key]
 
     def dequantize(self):
@@ -191,23 +206,43 @@ class FloatKernel(Kernel):
         return following.quantize(F.gelu(self(quantized)))
 
 
+def neighbours(weight):
+    """`weight` (rows, columns) as pairs of columns: (rows, pairs, 2)."""
+    return F.pad(weight, (0, weight.shape[1] % 2)).unflatten(1, (-1, 2))
+
+
+def runs_on_onednn(linears):
+    """Whether oneDNN sums the products of these layers' weights exactly on this machine."""
+    if linears[0].weight.device.type != "cpu":
+        return False
+    if onednn_is_exact(2 * 127):
+        return True
+    largest = max(neighbours(linear.weight.int().abs()).sum(-1).max().item() for linear in linears)
+    if largest <= PAIR_LIMIT and onednn_is_exact(PAIR_LIMIT):
+        return True
+    warn_of_float_kernel()
+    return False
+
+
 @functools.cache
-def onednn_is_exact():
-    """Whether oneDNN multiplies 8-bit integers here, and sums them without saturating, which it does silently where the
-    processor has no such instruction (VNNI). Says so once where not."""
-    linear = QuantizedLinear(64, 16)
-    linear.weight.copy_((torch.arange(16 * 64) % 3 * 127 - 127).view(16, 64).sort(1, descending=True).values)
+def onednn_is_exact(pair):
+    """Whether oneDNN sums products exactly here where two neighbouring weights' magnitudes add up to `pair` at most."""
+    weight = torch.tensor([[127, pair - 127], [pair - 127, 127], [pair // 2, pair // 2]], dtype=torch.int8)
+    linear = QuantizedLinear(64, 18)
+    linear.weight.copy_(torch.cat((weight, -weight)).repeat(3, 32))
     quantized = torch.full((4, 64), 255, dtype=torch.uint8)
     try:
-        exact = torch.equal(OneDNNKernel([linear])(quantized), FloatKernel([linear])(quantized))
+        return torch.equal(OneDNNKernel([linear])(quantized), FloatKernel([linear])(quantized))
     except (AttributeError, RuntimeError):
-        exact = False
-    if not exact:
-        logger.warning(
-            "This processor or this build of torch has no exact 8-bit matrix products (VNNI): answers are the same, "
-            "but take the time of float32."
-        )
-    return exact
+        return False
+
+
+@functools.cache
+def warn_of_float_kernel():
+    logger.warning(
+        "This processor or this build of torch has no exact 8-bit matrix products of these weights: answers are the "
+        "same, but take the time of float32."
+    )
 
 
 @functools.cache

@@ -1,10 +1,12 @@
-"""What every results file says of the run that wrote it, and how it is written."""
+"""What every results file says of the run that wrote it, and how files and folders come to stand whole."""
 
 import datetime
 import json
 import platform
 import shlex
+import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,3 +32,25 @@ def write_json(path, content):
     """Writes indented JSON beside `path`, then renames it into place."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_beside_then_rename(Path(path), json.dumps(content, indent=2) + "\n")
+
+
+@contextmanager
+def whole_folder(path):
+    """Within, a folder beside `path` to write into: renamed to `path` at the end, gone if that is not reached.
+
+    Raises:
+        FileExistsError: `path` exists.
+        OSError: what was to be written could not be.
+    """
+    path = Path(path)
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(f"{path} exists, expected a folder that is yet to be made")
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.rename(path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise

@@ -1,0 +1,160 @@
+import io
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, pipeline
+
+from conftest import ROOT, TRANSFORMERS_5, right_padded, tiny_config
+from qualaminilm import modeling_qualaminilm
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from recipe.data import load_tokenizer
+
+pytestmark = pytest.mark.skipif(TRANSFORMERS_5, reason="Optimum runs on transformers 4.57")
+if not TRANSFORMERS_5:
+    import onnxruntime
+    import openvino
+    from optimum.intel import OVModelForQuestionAnswering
+    from optimum.onnxruntime import ORTModelForQuestionAnswering
+
+    from recipe.export import build_graph, main
+    from recipe.quantize import quantize
+
+KINDS = [(family, significance) for family in ("bert", "roberta") for significance in ("attention", "learned")]
+CONFIGS = ("full", [1.0, 0.6, 0.3], [0.7, 0.7, 0.2], [9, 6, 2], [12, 12, 12])
+
+
+def random_model(family="bert", significance="learned", **fields):
+    torch.manual_seed(0)
+    return QuaLAMiniLMForQuestionAnswering(
+        tiny_config(embedding_type=family, significance=significance, **fields)
+    ).eval()
+
+
+def onnx_runtime(graph):
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    names = {each.name for each in session.get_inputs()}
+    return lambda inputs: session.run(None, {name: array for name, array in inputs.items() if name in names})
+
+
+def open_vino(graph):
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    converted = openvino.convert_model(io.BytesIO(graph.SerializeToString()))
+    compiled = openvino.compile_model(converted, "CPU", hints)
+    names = {each.any_name for each in compiled.inputs}
+
+    def run(inputs):
+        outputs = compiled({name: array for name, array in inputs.items() if name in names})
+        return outputs["start_logits"], outputs["end_logits"]
+
+    return run
+
+
+def batch(config, lengths, seed=0):
+    input_ids, attention_mask = right_padded(config, lengths, seed)
+    types = (torch.arange(input_ids.shape[1]) > 3).long().expand_as(input_ids) % config.type_vocab_size
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": types.contiguous()}
+
+
+def assert_agrees(run, model, length_config, inputs, tolerance=1e-4):
+    with torch.inference_mode():
+        expected = model(**inputs, length_config=length_config)
+    found = run({name: tensor.numpy() for name, tensor in inputs.items()})
+    for logits, name in zip(found, ("start_logits", "end_logits")):
+        np.testing.assert_allclose(logits, expected[name].numpy(), atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("runtime", [onnx_runtime, open_vino])
+@pytest.mark.parametrize("length_config", CONFIGS, ids=str)
+@pytest.mark.parametrize("family, significance", KINDS)
+def test_graphs_agree_with_the_model(runtime, family, significance, length_config):
+    model = random_model(family, significance)
+    run = runtime(build_graph(model, length_config))
+    for lengths in ([7], [20, 20], [31, 5, 1, 18]):
+        assert_agrees(run, model, length_config, batch(model.config, lengths))
+
+
+@pytest.mark.parametrize("runtime", [onnx_runtime, open_vino])
+@pytest.mark.parametrize("significance", ["attention", "learned"])
+def test_padding_may_stand_anywhere(runtime, significance):
+    model = random_model("bert", significance)
+    inputs = batch(model.config, [20, 20, 20])
+    inputs["attention_mask"][0, :6] = 0
+    inputs["attention_mask"][1, 3:9] = 0
+    inputs["attention_mask"][2] = 0
+    assert_agrees(runtime(build_graph(model, [0.9, 0.5, 0.3])), model, [0.9, 0.5, 0.3], inputs)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(0, 9))
+def test_one_graph_takes_any_batch(one_graph, lengths, seed):
+    model, run = one_graph
+    assert_agrees(run, model, [0.8, 0.5, 0.2], batch(model.config, lengths, seed))
+
+
+@pytest.fixture(scope="module")
+def one_graph():
+    model = random_model()
+    return model, onnx_runtime(build_graph(model, [0.8, 0.5, 0.2]))
+
+
+@pytest.mark.parametrize("runtime", [onnx_runtime, open_vino])
+@pytest.mark.parametrize("family, significance", KINDS)
+def test_int8_graphs_compute_what_the_model_does(runtime, family, significance, monkeypatch):
+    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda: torch.float32)
+    model = random_model(family, significance)
+    rows = [{"input_ids": ids.tolist(), "token_type_ids": [0] * len(ids)} for ids in torch.randint(3, 60, (8, 30))]
+    quantized = quantize(model, rows)
+    graph = build_graph(quantized, [0.9, 0.6, 0.4])
+    kinds = [node.op_type for node in graph.graph.node]
+    assert kinds.count("QuantizeLinear") >= 3 * 4 and kinds.count("DequantizeLinear") >= 3 * (4 + 6)
+    stored = [each for each in graph.graph.initializer if len(each.dims) == 2 and each.dims[0] > 1]
+    assert {each.data_type for each in stored} <= {3, 1} and sum(each.data_type == 3 for each in stored) >= 3 * 6 + 2
+    assert_agrees(runtime(graph), quantized, [0.9, 0.6, 0.4], batch(model.config, [31, 5, 18]))
+
+
+def test_only_activations_that_are_known():
+    with pytest.raises(ValueError, match="hidden_act is 'silu', expected 'gelu' or 'relu'"):
+        build_graph(random_model(hidden_act="silu"))
+    model = random_model(hidden_act="relu")
+    assert_agrees(onnx_runtime(build_graph(model, [0.7, 0.5, 0.2])), model, [0.7, 0.5, 0.2], batch(model.config, [20]))
+
+
+@pytest.mark.parametrize("runtime", ["onnx", "openvino"])
+def test_optimum_loads_the_export_and_answers(tmp_path, monkeypatch, runtime):
+    options = ["--runtime", runtime, "--length_config", "balanced", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["export", *options])
+    main()
+    assert AutoConfig.from_pretrained(tmp_path / "out").model_type == "bert"
+    kind = ORTModelForQuestionAnswering if runtime == "onnx" else OVModelForQuestionAnswering
+    qa = pipeline(
+        "question-answering",
+        model=kind.from_pretrained(tmp_path / "out"),
+        tokenizer=load_tokenizer(tmp_path / "out"),
+    )
+    for name, city in (("Wolfgang", "Berlin"), ("Ann", "Quito")):
+        answer = qa(question="Where do I live?", context=f"My name is {name} and I live in {city}.")
+        assert answer["answer"] == city
+    with pytest.raises(FileExistsError, match="out exists"):
+        main()
+
+
+@pytest.mark.parametrize("length_config", ["full", "accurate", "fastest"])
+def test_the_shipped_models_graph_agrees_on_real_questions(validation_questions, length_config):
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(ROOT)
+    questions = validation_questions.shuffle(seed=0).select(range(6))
+    inputs = tokenizer(
+        list(questions["question"]),
+        list(questions["context"]),
+        truncation="only_second",
+        max_length=384,
+        padding=True,
+        return_tensors="pt",
+    )
+    graph = build_graph(model, length_config)
+    for runtime in (onnx_runtime, open_vino):
+        assert_agrees(runtime(graph), model, length_config, dict(inputs))
