@@ -114,16 +114,18 @@ class QuaLAMiniLMSelfAttention(nn.Module):
         self.value = linear(config, config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, query_states, hidden_states, alive, with_map):
-        """Attention of `query_states` (batch, queries, hidden) over `hidden_states` (batch, keys, hidden), of which
-        those are looked at that are `alive` (bool (batch, keys), or `None`: all).
+    def forward(self, query_states, hidden_states, asking, alive, with_map):
+        """Attention of `query_states` (batch, queries, hidden) over `hidden_states` (batch, keys, hidden).
+
+        Of the queries those matter that are `asking` (bool (batch, queries), or `None`: all), of the keys those that
+        are `alive` (bool (batch, keys) or `None`).
 
         Returns the context (batch, queries, hidden) and, if `with_map`, the probabilities before dropout
         (batch, heads, queries, keys), else `None`.
         """
         query, key, value = (
             projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-            for projected in self.project(query_states, hidden_states)
+            for projected in self.project(query_states, hidden_states, asking, alive)
         )
         mask = None
         if alive is not None:
@@ -144,16 +146,38 @@ class QuaLAMiniLMSelfAttention(nn.Module):
             )
         return context.transpose(1, 2).flatten(2), probabilities
 
-    def project(self, query_states, hidden_states):
+    def project(self, query_states, hidden_states, asking, alive):
         """Queries, keys and values, (batch, queries or keys, hidden)."""
+        if self.training:  # on dead slots too: oneDNN builds kernels for each new number of tokens
+            asking = alive = None
         if not isinstance(self.query, QuantizedLinear):
-            return self.query(query_states), self.key(hidden_states), self.value(hidden_states)
-        dtype = attention_dtype()
-        quantized = self.query.quantize(hidden_states)
+            keys_and_values = (over_tokens(layer, alive, hidden_states) for layer in (self.key, self.value))
+            return over_tokens(self.query, asking, query_states), *keys_and_values
+
+        def product(first, *others):
+            kernel = first.kernel(*others)
+            return lambda states: kernel(first.quantize(states), attention_dtype())
+
         if query_states is hidden_states:
-            return self.query.kernel(self.key, self.value)(quantized, dtype).chunk(3, -1)
-        query = self.query.kernel()(self.query.quantize(query_states), dtype)
-        return query, *self.key.kernel(self.value)(quantized, dtype).chunk(2, -1)
+            return over_tokens(product(self.query, self.key, self.value), alive, hidden_states).chunk(3, -1)
+        query = over_tokens(product(self.query), asking, query_states)
+        return query, *over_tokens(product(self.key, self.value), alive, hidden_states).chunk(2, -1)
+
+
+def over_tokens(function, alive, *states):
+    """`function` of the slots that hold a token, as if there were no others; elsewhere 0.
+
+    Args:
+        function: `(tokens, size)`, once or more, to `(tokens, other size)`.
+        alive (bool `(batch, slots)`): which slots hold a token; `None`: all, and they are not rearranged.
+        states (`(batch, slots, size)`).
+    """
+    if alive is None:
+        return function(*states)
+    index = alive.flatten().nonzero().squeeze(1)
+    result = function(*(each.flatten(0, 1)[index] for each in states))
+    everywhere = result.new_zeros(alive.numel(), result.shape[-1])
+    return everywhere.index_copy(0, index, result).unflatten(0, alive.shape)
 
 
 class QuaLAMiniLMResidual(nn.Module):
@@ -254,13 +278,19 @@ class QuaLAMiniLMLayer(GradientCheckpointingLayer):
             slots, handed_on = select_slots(self.scorer(hidden_states, alive), alive, keep, self.training)
             residual = take_slots(hidden_states, slots)
         by_attention = keep is not None and self.scorer is None
-        context, attention_map = self.attention.self(residual, hidden_states, alive, with_map or by_attention)
+        context, attention_map = self.attention.self(
+            residual, hidden_states, handed_on, alive, with_map or by_attention
+        )
         if by_attention:
             slots, handed_on = select_slots(received_attention(attention_map, alive), alive, keep, self.training)
             context, residual = take_slots(context, slots), take_slots(hidden_states, slots)
-        attention_output = self.attention.output(context, residual)
-        layer_output = self.output(self.intermediate(attention_output, self.output.dense), attention_output)
+        layer_output = over_tokens(self.feed_forward, None if self.training else handed_on, context, residual)
         return layer_output, slots, handed_on, attention_map if with_map else None
+
+    def feed_forward(self, context, residual):
+        """What comes after attention, token by token."""
+        attention_output = self.attention.output(context, residual)
+        return self.output(self.intermediate(attention_output, self.output.dense), attention_output)
 
 
 def received_attention(probabilities, alive):

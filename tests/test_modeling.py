@@ -169,6 +169,30 @@ def test_a_row_alone_equals_the_row_in_a_padded_batch(case, more_padding):
                 torch.testing.assert_close(batch[name][row, :n], alone[name][0], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("significance", SIGNIFICANCES)
+def test_linear_layers_see_real_tokens_only(significance):
+    model = tiny_model(significance=significance)
+    input_ids, mask = right_padded(model.config, [10, 4, 7])
+    seen = {}
+    for name, module in model.bert.encoder.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".scorer." not in name:
+            module.register_forward_pre_hook(lambda _, inputs, name=name: seen.update({name: inputs[0].numel()}))
+    with torch.inference_mode():
+        model(input_ids, mask, length_config=[1.0, 0.5, 0.5])
+    tokens = {
+        name: count // (24 if name.endswith(f"{i}.output.dense") else 16)
+        for i in range(3)
+        for name, count in seen.items()
+        if name.startswith(f"layer.{i}.")
+    }
+    queries = 11 if significance == "learned" else 21  # half of 10, 4 and 7, rounded up
+    for i, (entering, asking, leaving) in enumerate([(21, 21, 21), (21, queries, 11), (11, 11, 11)]):
+        assert tokens[f"layer.{i}.attention.self.key"] == tokens[f"layer.{i}.attention.self.value"] == entering
+        assert tokens[f"layer.{i}.attention.self.query"] == asking
+        for name in ("attention.output.dense", "intermediate.dense", "output.dense"):
+            assert tokens[f"layer.{i}.{name}"] == leaving
+
+
 def test_ties_go_to_the_earlier_token_and_the_first_is_always_kept():
     significance = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0], [3.0, 0.0, 0.0, 0.0, 0.0]])
     slots, alive = select_slots(significance, None, [3, 3])
