@@ -23,6 +23,7 @@ import datasets
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import onnx
 import torch
 from tqdm import tqdm
 from transformers import BertConfig, BertForQuestionAnswering
@@ -32,6 +33,7 @@ from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.quantization_qualaminilm import QuantizedLinear
 from recipe.data import file_sha256, identities, load_tokenizer, read_questions, refuse_test_sets
 from recipe.evaluate import ROOT
+from recipe.export import build_graph
 from recipe.results import describe_run, write_json
 
 BASELINE = "BERT-base, transformers, fp32"
@@ -82,32 +84,54 @@ def onnx_file(twin, folder):
     return path
 
 
-def onnx_runtime_row(path, threads):
-    import onnxruntime
+def quantize_onnx(path):
+    """ONNX Runtime's own int8 graph of the float one at `path`; returns its path."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantized = path.with_name("dynamic.onnx")
-    if not quantized.exists():
-        quantize_dynamic(path, quantized, weight_type=QuantType.QInt8, per_channel=True)
+    quantize_dynamic(path, quantized, weight_type=QuantType.QInt8, per_channel=True)
+    return quantized
+
+
+def onnx_runtime_row(path, threads):
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(quantized, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
 
 
-def openvino_row(path, threads, calibration):
+def quantize_openvino(path, calibration):
+    """OpenVINO's own int8 graph of the float ONNX one at `path`; returns its path."""
     import nncf
     import openvino
 
     quantized = path.with_name("openvino.xml")
-    if not quantized.exists():
-        samples = nncf.Dataset([{name: tensor.numpy() for name, tensor in inputs.items()} for inputs in calibration])
-        graph = nncf.quantize(openvino.convert_model(path), samples, model_type=nncf.ModelType.TRANSFORMER)
-        openvino.save_model(graph, quantized)
+    samples = nncf.Dataset([{name: tensor.numpy() for name, tensor in inputs.items()} for inputs in calibration])
+    graph = nncf.quantize(openvino.convert_model(path), samples, model_type=nncf.ModelType.TRANSFORMER)
+    openvino.save_model(graph, quantized)
+    return quantized
+
+
+def openvino_row(path, threads):
+    import openvino
+
     hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.compile_model(quantized, "CPU", hints)
+    compiled = openvino.compile_model(path, "CPU", hints)
     return lambda inputs: compiled({name: tensor.numpy() for name, tensor in inputs.items()})
+
+
+def exported_rows(model, folder, threads):
+    """The graphs of recipe.export of the int8 `model`, in both runtimes, at `"full"` and the cheapest preset."""
+    rows = {}
+    for name in ("full", cheapest(model.config)):
+        path = Path(folder) / f"exported-{name}.onnx"
+        onnx.save(build_graph(model, name), path)
+        rows[f"exported, ONNX Runtime, int8, {name}"] = onnx_runtime_row(path, threads)
+        rows[f"exported, OpenVINO, int8, {name}"] = openvino_row(path, threads)
+    return rows
 
 
 def torch_row(model, **arguments):
@@ -225,10 +249,11 @@ def build_rows(model, folder, threads, calibration):
     return {
         BASELINE: torch_row(BertForQuestionAnswering(base).eval()),
         "MiniLM, transformers, fp32": torch_row(twin),
-        "MiniLM, ONNX Runtime, int8": onnx_runtime_row(path, threads),
-        "MiniLM, OpenVINO, int8": openvino_row(path, threads, calibration),
+        "MiniLM, ONNX Runtime, int8": onnx_runtime_row(quantize_onnx(path), threads),
+        "MiniLM, OpenVINO, int8": openvino_row(quantize_openvino(path, calibration), threads),
         "ours, fp32, full": torch_row(floats, length_config="full"),
         **{f"ours, int8, {name}": torch_row(model, length_config=name) for name in model.length_presets},
+        **exported_rows(model, folder, threads),
     }
 
 
@@ -256,9 +281,9 @@ def one(kind, folder):
     elif kind == "ours":
         run = torch_row(QuaLAMiniLMForQuestionAnswering.from_pretrained(folder))
     elif kind == "onnxruntime":
-        run = onnx_runtime_row(Path(folder) / "model.onnx", torch.get_num_threads())
+        run = onnx_runtime_row(Path(folder) / "dynamic.onnx", torch.get_num_threads())
     else:
-        run = openvino_row(Path(folder) / "model.onnx", torch.get_num_threads(), None)
+        run = openvino_row(Path(folder) / "openvino.xml", torch.get_num_threads())
     run(inputs)
     seconds = time.perf_counter() - started
     print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
@@ -344,7 +369,7 @@ def main():
         },
     )
     for name, measured in results.items():
-        print(f"{name:30s}" + "".join(f"{measured[f'batch_{b}_ms']:10.2f} ms" for b in BATCH_SIZES))
+        print(f"{name:40s}" + "".join(f"{measured[f'batch_{b}_ms']:10.2f} ms" for b in BATCH_SIZES))
     print(f"Wrote {arguments.output}")
 
 
