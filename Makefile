@@ -8,7 +8,7 @@ override export CONTEXT := $(value CONTEXT)
 PYTHON ?= python3
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: answer test lint
+.PHONY: answer test lint report check-report
 
 answer: .venv/.runtime-installed
 	@.venv/bin/python -m recipe.answer
@@ -16,6 +16,13 @@ answer: .venv/.runtime-installed
 test: .venv/.tests-installed .venv-4/.tests-installed
 	.venv/bin/python -m pytest
 	.venv-4/bin/python -m pytest
+	@$(MAKE) --no-print-directory check-report
+
+report: .venv/.tests-installed
+	.venv/bin/python -m recipe.report
+
+check-report: .venv/.tests-installed
+	.venv/bin/python -m recipe.report --check
 
 lint: .venv/.tests-installed
 	.venv/bin/ruff check .
