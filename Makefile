@@ -8,10 +8,12 @@ override export CONTEXT := $(value CONTEXT)
 PYTHON ?= python3
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: answer test lint report check-report
+.PHONY: answer setup test lint report check-report
 
 answer: .venv/.runtime-installed
 	@.venv/bin/python -m recipe.answer
+
+setup: .venv/.tests-installed
 
 test: .venv/.tests-installed .venv-4/.tests-installed
 	.venv/bin/python -m pytest

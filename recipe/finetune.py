@@ -197,8 +197,8 @@ def add_teacher_logits(features, folders, collator, batch_size, bf16):
 
 
 def load_model(folder, **config_fields):
-    """The folder's weights for training: one of ours, or BERT's or RoBERTa's under a new span head; `config_fields` go
-    on top of its configuration.
+    """The folder's weights for training: one of ours (int8 ones become floats), or BERT's or RoBERTa's under a new span
+    head; `config_fields` go on top of its configuration.
 
     Without dropout inside attention, and with attention step by step: with either the other way, torch's CPU attention
     takes most of a training step.
@@ -207,9 +207,10 @@ def load_model(folder, **config_fields):
     config.length_presets = without_scores(config, config.length_presets)
     config.update({"attention_probs_dropout_prob": 0.0} | config_fields)
     implementation = "sdpa" if torch.cuda.is_available() else "eager"
-    return QuaLAMiniLMForQuestionAnswering.from_pretrained(
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(
         folder, config=config, attn_implementation=implementation, key_mapping={r"^roberta\.": "bert."}
     )
+    return model.dequantize() if config.int8_storage else model
 
 
 def last_checkpoint(folder):

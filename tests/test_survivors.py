@@ -1,3 +1,5 @@
+import itertools
+
 import matplotlib
 import pytest
 
@@ -9,9 +11,7 @@ from recipe.data import load_tokenizer
 from recipe.survivors import draw_survivors, surviving_tokens
 
 QUESTION = "What does the kettle lack?"
-CONTEXT = (
-    "The kettle costs $5 or $9, boils a litre in two minutes and is quiet, but it has no lid, so the kitchen steams."
-)
+CONTEXT = "The kettle costs $5 or $9, boils a litre in two minutes and is quiet, but it has no lid, so all steams."
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_tokens_are_the_passages_and_survive_as_the_model_says(model):
         token.removeprefix("##") for token in tokenizer.tokenize(CONTEXT)
     ]
     assert all(layers[0])
-    for lower, upper in zip(layers, layers[1:]):
+    for lower, upper in itertools.pairwise(layers):
         assert all(low or not up for low, up in zip(lower, upper))
     # Of the window's tokens a layer keeps its share, rounded up; the question's and three special ones are not drawn.
     window = len(spans) + len(tokenizer.tokenize(QUESTION)) + 3

@@ -1,0 +1,78 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from transformers import pipeline
+
+from conftest import ROOT, tiny_folder, trains
+from qualaminilm.configuration_qualaminilm import CODE_FILES
+from tests.test_convert import reference, save_tokenizer
+
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def block(language, text):
+    """The README's one block in `language` that holds `text`."""
+    (found,) = [code for of, code in BLOCKS if of == language and text in code]
+    return found
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A copy of the repository with a tiny model, whose environments are set up."""
+    ignored = shutil.ignore_patterns(".*", "runs", "assets", "results", "tests", "model.safetensors", "__pycache__")
+    shutil.copytree(ROOT, tmp_path / "clone", ignore=ignored)
+    tiny_folder(tmp_path / "clone")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "make").symlink_to("/bin/true")
+    (tmp_path / "clone" / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "clone" / ".venv" / "bin" / "activate").touch()
+    return tmp_path / "clone"
+
+
+def run_block(code, clone):
+    programs = f"{clone.parent / 'bin'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    done = subprocess.run(
+        ["sh", "-e", "-c", code], cwd=clone, env=os.environ | {"PATH": programs}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_block_that_answers_answers(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    *setup, ask = block("python", "Where do I live?").split("# {'score'")[0].strip().splitlines()
+    names = {}
+    exec("\n".join(setup), names)
+    assert eval(ask, names)["answer"] == "Berlin"
+
+
+def test_the_block_with_a_model_object_makes_a_pipeline(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(block("python", "QuestionAnsweringPipeline(model=model"), names)
+    assert names["qa"](question="Where do I live?", context="I live in Berlin.")["answer"] == "Berlin"
+
+
+@trains
+def test_the_block_that_trains_trains(clone):
+    code = block("sh", "recipe.adapt --model . --train questions.json")
+    assert "Wrote the trained model to runs/mine" in run_block(f"{code.strip()} --bf16 False", clone)
+    data = json.loads((clone / "questions.json").read_text())["data"]
+    assert sum(len(paragraph["qas"]) for article in data for paragraph in article["paragraphs"]) == 4
+    for paragraph in (paragraph for article in data for paragraph in article["paragraphs"]):
+        for answer in (answer for qa in paragraph["qas"] for answer in qa["answers"]):
+            assert paragraph["context"][answer["answer_start"] :].startswith(answer["text"])
+    assert {path.name for path in (clone / "runs" / "mine").iterdir()} >= {"model.safetensors", *CODE_FILES}
+
+
+def test_the_block_that_converts_converts(clone):
+    reference("bert", (2, 16, 2, 24)).save_pretrained(clone / "SOURCE")
+    save_tokenizer("bert", clone / "SOURCE")
+    assert "Wrote OUT" in run_block(block("sh", "convert_checkpoint.py SOURCE OUT"), clone)
+    qa = pipeline("question-answering", model=str(clone / "OUT"), trust_remote_code=True)
+    assert qa(question="Where?", context="In Berlin.")["answer"] in "In Berlin."
