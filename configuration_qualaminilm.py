@@ -152,6 +152,11 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         fields = {name: getattr(config, name) for name in names}
         return cls(**(fields | {"embedding_type": config.model_type, "significance": "attention"} | kwargs))
 
+    @property
+    def first_position(self):
+        """The position embedding of a row's first token (`int`)."""
+        return self.pad_token_id + 1 if self.embedding_type == "roberta" else 0
+
     def token_lengths(self, length_config=None):
         """Reads a `length_config`.
 

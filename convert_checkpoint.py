@@ -262,8 +262,7 @@ def convert(arguments):
 
 def longest_input(config):
     """Tokens of the windows to calibrate on: 384, or as many as the model has positions for."""
-    reserved = config.pad_token_id + 1 if config.embedding_type == "roberta" else 0
-    return min(384, config.max_position_embeddings - reserved)
+    return min(384, config.max_position_embeddings - config.first_position)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ class QuaLAMiniLMEmbeddings(nn.Module):
         super().__init__()
         self.roberta = config.embedding_type == "roberta"
         self.padding_idx = config.pad_token_id
+        self.first_position = config.first_position
         self.word_embeddings = embedding(config, config.vocab_size, padding_idx=config.pad_token_id)
         self.position_embeddings = embedding(config, config.max_position_embeddings)
         self.token_type_embeddings = embedding(config, config.type_vocab_size)
@@ -94,7 +95,7 @@ class QuaLAMiniLMEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(embeddings.to(self.LayerNorm.weight.dtype)))
 
     def _position_ids(self, input_ids, shape, device):
-        first = self.padding_idx + 1 if self.roberta else 0
+        first = self.first_position
         room = self.position_embeddings.num_embeddings - first
         if shape[1] > room:
             raise ValueError(f"the input is {shape[1]} tokens long, the model has positions for {room}")
@@ -156,7 +157,7 @@ class QuaLAMiniLMSelfAttention(nn.Module):
 
         def product(first, *others):
             kernel = first.kernel(*others)
-            return lambda states: kernel(first.quantize(states), attention_dtype())
+            return lambda states: kernel(kernel.quantize(states), attention_dtype())
 
         if query_states is hidden_states:
             return over_tokens(product(self.query, self.key, self.value), alive, hidden_states).chunk(3, -1)

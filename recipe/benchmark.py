@@ -33,7 +33,7 @@ from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.quantization_qualaminilm import QuantizedLinear
 from recipe.data import file_sha256, identities, load_tokenizer, read_questions, refuse_test_sets
 from recipe.evaluate import ROOT
-from recipe.export import build_graph
+from recipe.export import build_graph, transformers_config
 from recipe.results import describe_run, write_json
 
 BASELINE = "BERT-base, transformers, fp32"
@@ -44,12 +44,7 @@ CALIBRATION_WINDOWS = 64
 
 def transformers_twin(model):
     """transformers' own `BertForQuestionAnswering` of a float `model`, without its scorers."""
-    config = model.config
-    fields = (
-        "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act "
-        "max_position_embeddings type_vocab_size layer_norm_eps pad_token_id"
-    ).split()
-    twin = BertForQuestionAnswering(BertConfig(**{name: getattr(config, name) for name in fields})).eval()
+    twin = BertForQuestionAnswering(transformers_config(model.config)).eval()
     weights = {name: tensor for name, tensor in model.state_dict().items() if ".scorer." not in name}
     twin.load_state_dict(weights)
     return twin

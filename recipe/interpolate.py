@@ -22,13 +22,12 @@ def interpolate(finetuned, adapted, share):
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share is {share}, expected a number in [0, 1]")
-    before = finetuned.state_dict()
-    after = {name: weight for name, weight in adapted.state_dict().items() if ".scorer." not in name}
-    differing = [
-        name
-        for name in sorted(after.keys() | {name for name in before if ".scorer." not in name})
-        if name not in before or name not in after or before[name].shape != after[name].shape
-    ]
+    before, after = (
+        {name: weight for name, weight in model.state_dict().items() if ".scorer." not in name}
+        for model in (finetuned, adapted)
+    )
+    shapes = [{(name, weight.shape) for name, weight in weights.items()} for weights in (before, after)]
+    differing = sorted({name for name, _ in shapes[0] ^ shapes[1]})
     if differing:
         raise ValueError(f"finetuned and adapted are models of two shapes: {', '.join(differing[:3])} differ")
     with torch.no_grad():

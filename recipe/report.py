@@ -24,9 +24,13 @@ UNITS = r"F1|EM|ms|MB|MACs|x|times|%"
 MEASURED = re.compile(rf"\d[\d.,]*\**\s*(?:{UNITS})(?!\w)|\b(?:F1|EM)\s+(?:of\s+)?\**\d[\d.]*")
 
 
+def read_presets(folder):
+    return json.loads((folder / PRESETS_FILE).read_text(encoding="utf-8"))["presets"]
+
+
 def presets_table(folder):
     """The presets of `length_configs.json` with their scores."""
-    presets = json.loads((folder / PRESETS_FILE).read_text(encoding="utf-8"))["presets"]
+    presets = read_presets(folder)
     lines = [
         "| `length_config` | tokens kept, of 384 | MACs share | validation F1 | EM | lost | test F1 | EM | lost |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -65,7 +69,6 @@ def measured_figure(folder, file, path, decimals):
 
 def model_index(folder):
     """What the Hub shows of the presets' test scores, for the front matter."""
-    presets = json.loads((folder / PRESETS_FILE).read_text(encoding="utf-8"))["presets"]
     return [
         EvalResult(
             task_type="question-answering",
@@ -77,7 +80,7 @@ def model_index(folder):
             metric_name=f"{shown} at length_config {name!r}",
             metric_value=preset["test"][key],
         )
-        for name, preset in presets.items()
+        for name, preset in read_presets(folder).items()
         if "test" in preset
         for metric, shown, key in (("f1", "F1", "f1"), ("exact_match", "Exact match", "em"))
     ]

@@ -3,6 +3,8 @@
 """
 
 import argparse
+import bisect
+import itertools
 import textwrap
 
 import matplotlib.pyplot as plt
@@ -53,7 +55,7 @@ def draw_survivors(context, spans, layers, answer, path):
         path: of a file in a format that matplotlib writes.
     """
     lines = textwrap.wrap(context, COLUMNS, drop_whitespace=False, replace_whitespace=False)
-    starts = [sum(map(len, lines[:i])) for i in range(len(lines))]
+    starts = list(itertools.accumulate(map(len, lines[:-1]), initial=0))
     height = (len(lines) + 1.5) * len(layers)
     figure = plt.figure(figsize=((COLUMNS + 2) * INCHES_A_COLUMN, height * INCHES_A_LINE))
     axes = figure.add_axes((0, 0, 1, 1), xlim=(-1, COLUMNS + 1), ylim=(height, -0.5))
@@ -65,7 +67,7 @@ def draw_survivors(context, spans, layers, answer, path):
         for (start, end), kept in zip(spans, layer):
             in_answer = answer[0] <= start < answer[1]
             color = (ANSWER if in_answer else KEPT) if kept else DROPPED
-            row = max(row for row, first in enumerate(starts) if first <= start)
+            row = bisect.bisect_right(starts, start) - 1
             axes.text(
                 start - starts[row],
                 top + row + 1.9,
