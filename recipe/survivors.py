@@ -54,7 +54,7 @@ def draw_survivors(context, spans, layers, answer, path):
         answer (`tuple`): its start and end, characters of `context`.
         path: of a file in a format that matplotlib writes.
     """
-    lines = textwrap.wrap(context, COLUMNS, drop_whitespace=False, replace_whitespace=False)
+    lines = textwrap.wrap(context, COLUMNS, drop_whitespace=False, replace_whitespace=False, expand_tabs=False)
     starts = list(itertools.accumulate(map(len, lines[:-1]), initial=0))
     height = (len(lines) + 1.5) * len(layers)
     figure = plt.figure(figsize=((COLUMNS + 2) * INCHES_A_COLUMN, height * INCHES_A_LINE))
