@@ -1,11 +1,13 @@
 """Speed beside the peers, in one process: `python -m recipe.benchmark --data FILE ... --output results/benchmark.json`.
 
 Every row answers the same inputs, and the rows take turns, so that what else the machine does meets all of them. Peers
-come from the same weights: transformers' own classes, ONNX Runtime and OpenVINO (requirements-benchmark.txt).
+come from the same weights (recipe/peers.py). The models of the paper's table (`results/paper.json`) are configurations
+of this repository's class with random weights, which are as fast as trained ones. Nothing is padded.
 """
 
 import argparse
 import copy
+import json
 import os
 import resource
 import statistics
@@ -13,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,113 +32,125 @@ import torch
 from tqdm import tqdm
 from transformers import BertConfig, BertForQuestionAnswering
 
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.quantization_qualaminilm import QuantizedLinear
 from recipe.data import file_sha256, identities, load_tokenizer, read_questions, refuse_test_sets
 from recipe.evaluate import ROOT
-from recipe.export import build_graph, transformers_config
+from recipe.export import build_graph
+from recipe.peers import (
+    onnx_file,
+    onnx_runtime_row,
+    openvino_row,
+    quantize_onnx,
+    quantize_openvino,
+    torch_row,
+    transformers_twin,
+)
+from recipe.quantize import quantize
 from recipe.results import describe_run, write_json
 
 BASELINE = "BERT-base, transformers, fp32"
 LENGTH = 384
 BATCH_SIZES = (1, 8, 32)
+PAPER_BATCH_SIZES = (1, 32)
 CALIBRATION_WINDOWS = 64
+TINYBERT = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+SIZES = {"BERT-base": TINYBERT | {"num_hidden_layers": 12}, "TinyBERT": TINYBERT, "MiniLM": {}}
 
 
-def transformers_twin(model):
-    """transformers' own `BertForQuestionAnswering` of a float `model`, without its scorers."""
-    twin = BertForQuestionAnswering(transformers_config(model.config)).eval()
-    weights = {name: tensor for name, tensor in model.state_dict().items() if ".scorer." not in name}
-    twin.load_state_dict(weights)
-    return twin
+@dataclass
+class Row:
+    """One line of the benchmark.
+
+    Args:
+        run: takes a dict of int64 (batch, sequence).
+        facts: what is known of it without a clock: `macs_at_384`, `size_mb`.
+        fresh: how a process of its own starts it, the arguments of `--one`; `None`: it does not.
+        of_paper (`bool`): one of the paper's models, timed at `PAPER_BATCH_SIZES` only.
+    """
+
+    run: Callable
+    facts: dict
+    fresh: tuple | None = None
+    of_paper: bool = False
 
 
-def onnx_file(twin, folder):
-    """`twin` as an ONNX graph with dynamic batch and sequence; returns its path."""
-    path = Path(folder) / "model.onnx"
-    inputs = (torch.ones(2, 16, dtype=torch.long),) * 3
-    names = ["input_ids", "attention_mask", "token_type_ids"]
-    axes = {name: {0: "batch", 1: "sequence"} for name in [*names, "start_logits", "end_logits"]}
+def paper_rows(table):
+    """The models of the paper's table: name -> [`Row`].
 
-    class Logits(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.twin = twin
-
-        def forward(self, input_ids, attention_mask, token_type_ids):
-            outputs = self.twin(input_ids, attention_mask, token_type_ids)
-            return outputs.start_logits, outputs.end_logits
-
-    torch.onnx.export(
-        Logits().eval(),  # export leaves a module in the mode that it found
-        inputs,
-        path,
-        input_names=names,
-        output_names=["start_logits", "end_logits"],
-        dynamic_axes=axes,
-        opset_version=17,
-        dynamo=False,
-    )
-    return path
-
-
-def quantize_onnx(path):
-    """ONNX Runtime's own int8 graph of the float one at `path`; returns its path."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    quantized = path.with_name("dynamic.onnx")
-    quantize_dynamic(path, quantized, weight_type=QuantType.QInt8, per_channel=True)
-    return quantized
-
-
-def onnx_runtime_row(path, threads):
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda inputs: session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
-
-
-def quantize_openvino(path, calibration):
-    """OpenVINO's own int8 graph of the float ONNX one at `path`; returns its path."""
-    import nncf
-    import openvino
-
-    quantized = path.with_name("openvino.xml")
-    samples = nncf.Dataset([{name: tensor.numpy() for name, tensor in inputs.items()} for inputs in calibration])
-    graph = nncf.quantize(openvino.convert_model(path), samples, model_type=nncf.ModelType.TRANSFORMER)
-    openvino.save_model(graph, quantized)
-    return quantized
-
-
-def openvino_row(path, threads):
-    import openvino
-
-    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.compile_model(path, "CPU", hints)
-    return lambda inputs: compiled({name: tensor.numpy() for name, tensor in inputs.items()})
-
-
-def exported_rows(model, folder, threads):
-    """The graphs of recipe.export of the int8 `model`, in both runtimes, at `"full"` and the cheapest preset."""
-    rows = {}
-    for name in ("full", cheapest(model.config)):
-        path = Path(folder) / f"exported-{name}.onnx"
-        onnx.save(build_graph(model, name), path)
-        rows[f"exported, ONNX Runtime, int8, {name}"] = onnx_runtime_row(path, threads)
-        rows[f"exported, OpenVINO, int8, {name}"] = openvino_row(path, threads)
+    Args:
+        table: `rows` of `results/paper.json`.
+    """
+    models, rows = {}, {}
+    window = {"input_ids": list(range(1000, 1000 + LENGTH)), "token_type_ids": [0] * LENGTH}
+    for each in table:
+        kind = each["architecture"], each["int8"]
+        if kind not in models:
+            config = QuaLAMiniLMConfig(significance="attention", **SIZES[each["architecture"]])
+            model = QuaLAMiniLMForQuestionAnswering(config).eval()
+            models[kind] = quantize(model, [window]) if each["int8"] else model
+        model, length_config = models[kind], each["length_config"]
+        facts = {"macs_at_384": model.config.macs(length_config), "size_mb": size_mb(model)}
+        rows[each["name"]] = Row(torch_row(model, length_config=length_config), facts, of_paper=True)
     return rows
 
 
-def torch_row(model, **arguments):
-    def run(inputs):
-        with torch.inference_mode():
-            return model(**inputs, **arguments)
+def size_mb(model):
+    """Megabytes (10^6 bytes) of a model's tensors as they are stored."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) / 1e6
 
-    return run
+
+def our_rows(model, folder, threads, calibration):
+    """The int8 `model`, its float twin and its peers: name -> [`Row`].
+
+    Args:
+        model: the int8 model.
+        folder: where the peers' graphs are kept.
+        threads (`int`): of every row.
+        calibration: inputs for OpenVINO's quantisation, a `list` of dicts.
+    """
+    folder = Path(folder)
+    floats = copy.deepcopy(model).dequantize()
+    twin = transformers_twin(floats)
+    twin.save_pretrained(folder / "twin")
+    graph = onnx_file(twin, folder)
+    onnx_int8, openvino_int8 = quantize_onnx(graph), quantize_openvino(graph, calibration)
+    full = {"macs_at_384": model.config.macs("full")}
+    base = BertForQuestionAnswering(BertConfig()).eval()  # BERT-base's sizes
+
+    def weighing(path):
+        return full | {"size_mb": path.stat().st_size / 1e6}
+
+    rows = {
+        BASELINE: Row(torch_row(base), {"size_mb": size_mb(base)}),
+        "MiniLM, transformers, fp32": Row(
+            torch_row(twin), weighing(folder / "twin" / "model.safetensors"), ("transformers", folder / "twin")
+        ),
+        "MiniLM, ONNX Runtime, int8": Row(
+            onnx_runtime_row(onnx_int8, threads), weighing(onnx_int8), ("onnxruntime", onnx_int8)
+        ),
+        "MiniLM, OpenVINO, int8": Row(
+            openvino_row(openvino_int8, threads),
+            weighing(openvino_int8.with_suffix(".bin")),
+            ("openvino", openvino_int8),
+        ),
+        "ours, fp32, full": Row(torch_row(floats, length_config="full"), full | {"size_mb": size_mb(floats)}),
+    }
+    stored = folder / "int8"
+    model.save_pretrained(stored)
+    for name in model.length_presets:
+        facts = weighing(stored / "model.safetensors") | {"macs_at_384": model.config.macs(name)}
+        rows[f"ours, int8, {name}"] = Row(torch_row(model, length_config=name), facts)
+    rows["ours, int8, full"].fresh = ("ours", stored)
+    for name in ("full", cheapest(model.config)):
+        path = folder / f"exported-{name}.onnx"
+        onnx.save(build_graph(model, name), path)
+        facts = weighing(path) | {"macs_at_384": model.config.macs(name)}
+        rows[f"exported, ONNX Runtime, int8, {name}"] = Row(onnx_runtime_row(path, threads), facts)
+        rows[f"exported, OpenVINO, int8, {name}"] = Row(openvino_row(path, threads), facts)
+    return rows
 
 
 def real_windows(questions, tokenizer, length, count):
@@ -227,35 +243,10 @@ def int8_rate(repeats=9):
     return quantized.shape[0] * 1536 * 384 / seconds
 
 
-def build_rows(model, folder, threads, calibration):
-    """The rows of the benchmark: name -> callable that takes a dict of int64 (batch, sequence).
-
-    Args:
-        model: the int8 model.
-        folder: where the peers' graphs are kept.
-        threads (`int`): of every row.
-        calibration: inputs for OpenVINO's quantisation, a `list` of dicts.
-    """
-    floats = copy.deepcopy(model).dequantize()
-    twin = transformers_twin(floats)
-    twin.save_pretrained(Path(folder) / "twin")
-    path = onnx_file(twin, folder)
-    base = BertConfig()  # BERT-base's sizes; speed does not depend on what the weights are
-    return {
-        BASELINE: torch_row(BertForQuestionAnswering(base).eval()),
-        "MiniLM, transformers, fp32": torch_row(twin),
-        "MiniLM, ONNX Runtime, int8": onnx_runtime_row(quantize_onnx(path), threads),
-        "MiniLM, OpenVINO, int8": openvino_row(quantize_openvino(path, calibration), threads),
-        "ours, fp32, full": torch_row(floats, length_config="full"),
-        **{f"ours, int8, {name}": torch_row(model, length_config=name) for name in model.length_presets},
-        **exported_rows(model, folder, threads),
-    }
-
-
-def fresh_process(kind, folder):
+def fresh_process(kind, path):
     """Seconds from disk to the first answer and peak resident MB of one row, measured in a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-m", "recipe.benchmark", "--one", kind, str(folder)],
+        [sys.executable, "-m", "recipe.benchmark", "--one", kind, str(path)],
         cwd=ROOT,
         check=True,
         capture_output=True,
@@ -265,33 +256,67 @@ def fresh_process(kind, folder):
     return {"seconds_to_first_answer": seconds, "peak_resident_mb": megabytes}
 
 
-def one(kind, folder):
+def one(kind, path):
     """What [`fresh_process`] runs: prints both numbers."""
     inputs = {
         name: torch.ones(1, LENGTH, dtype=torch.long) for name in ("input_ids", "attention_mask", "token_type_ids")
     }
     started = time.perf_counter()
     if kind == "transformers":
-        run = torch_row(BertForQuestionAnswering.from_pretrained(folder))
+        run = torch_row(BertForQuestionAnswering.from_pretrained(path))
     elif kind == "ours":
-        run = torch_row(QuaLAMiniLMForQuestionAnswering.from_pretrained(folder))
+        run = torch_row(QuaLAMiniLMForQuestionAnswering.from_pretrained(path))
     elif kind == "onnxruntime":
-        run = onnx_runtime_row(Path(folder) / "dynamic.onnx", torch.get_num_threads())
+        run = onnx_runtime_row(path, torch.get_num_threads())
     else:
-        run = openvino_row(Path(folder) / "openvino.xml", torch.get_num_threads())
+        run = openvino_row(path, torch.get_num_threads())
     run(inputs)
     seconds = time.perf_counter() - started
     print(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
+def measure(rows, windows, pipeline, questions, repeats):
+    """Times every row: name -> its facts, milliseconds, and speed-ups over [`BASELINE`].
+
+    Args:
+        rows: name -> [`Row`], the baseline among them.
+        windows: dict of int64 `(32 or more, LENGTH)`, without padding.
+        pipeline: asks `questions`, a table with the columns question and context, one at a time.
+        repeats (`int`): turns of each row; the median counts.
+    """
+    results = {name: dict(row.facts) for name, row in rows.items()}
+
+    def time_rows(key, calls, each=1):
+        medians = take_turns(calls, repeats)
+        for name, seconds in medians.items():
+            results[name][f"{key}_ms"] = seconds * 1e3 / each
+            results[name][f"{key}_speedup"] = medians[BASELINE] / seconds
+
+    for batch in tqdm(BATCH_SIZES, desc="Batch sizes"):
+        inputs = {name: tensor[:batch] for name, tensor in windows.items()}
+        timed = {
+            name: lambda run=row.run, inputs=inputs: run(inputs)
+            for name, row in rows.items()
+            if batch in PAPER_BATCH_SIZES or not row.of_paper
+        }
+        time_rows(f"batch_{batch}", timed)
+    timed = {name: lambda run=row.run: ask(pipeline, run, questions) for name, row in rows.items() if not row.of_paper}
+    time_rows("pipeline", timed, len(questions))
+    for name, row in rows.items():
+        if row.fresh:
+            results[name] |= fresh_process(*row.fresh)
+    return results
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--model", default=str(ROOT), help="folder of an int8 model (the shipped one)")
     parser.add_argument("--data", nargs="+", help="SQuAD JSON files whose validation split is asked")
     parser.add_argument("--repeats", type=int, default=9, help="turns of each row (9)")
     parser.add_argument("--questions", type=int, default=100, help="questions asked through the pipeline (100)")
     parser.add_argument("--output", help="JSON results file to write")
-    parser.add_argument("--one", nargs=2, metavar=("KIND", "FOLDER"), help=argparse.SUPPRESS)
+    parser.add_argument("--plot", default="assets/latency.png", help="picture to write (%(default)s)")
+    parser.add_argument("--one", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         return one(*arguments.one)
@@ -305,57 +330,35 @@ def main():
     tokenizer = load_tokenizer(arguments.model)
     questions = datasets.concatenate_datasets([read_questions(source, "validation") for source in arguments.data])
     questions = questions.shuffle(seed=0)
+    asked = questions.select(range(min(len(questions), arguments.questions)))
     windows = real_windows(questions, tokenizer, LENGTH, max(BATCH_SIZES) + CALIBRATION_WINDOWS)
-
-    def part(first, count):
-        return {name: tensor[first : first + count] for name, tensor in windows.items()}
-
-    threads = torch.get_num_threads()
+    calibration = [
+        {name: tensor[-i:][:1] for name, tensor in windows.items()} for i in range(1, CALIBRATION_WINDOWS + 1)
+    ]
+    paper = json.loads((ROOT / "results" / "paper.json").read_text(encoding="utf-8"))["rows"]
     with tempfile.TemporaryDirectory() as folder:
-        calibration = [part(max(BATCH_SIZES) + i, 1) for i in range(CALIBRATION_WINDOWS)]
-        rows = build_rows(model, folder, threads, calibration)
-        results = {name: {} for name in rows}
-        for batch in tqdm(BATCH_SIZES, desc="Batch sizes"):
-            inputs = part(0, batch)
-            timed = {name: lambda row=row, inputs=inputs: row(inputs) for name, row in rows.items()}
-            for name, seconds in take_turns(timed, arguments.repeats).items():
-                results[name][f"batch_{batch}_ms"] = seconds * 1e3
-        asked = questions.select(range(min(len(questions), arguments.questions)))
+        rows = our_rows(model, folder, torch.get_num_threads(), calibration) | paper_rows(paper)
         pipeline = QuestionAnsweringPipeline(model=model, tokenizer=tokenizer)
-        timed = {name: lambda row=row: ask(pipeline, row, asked) for name, row in rows.items()}
-        for name, seconds in take_turns(timed, arguments.repeats).items():
-            results[name]["pipeline_ms_a_question"] = seconds * 1e3 / len(asked)
+        measured = measure(rows, windows, pipeline, asked, arguments.repeats)
         curves = {
-            name: latency_curve(rows[f"ours, int8, {name}"], windows, arguments.repeats)
+            name: latency_curve(rows[f"ours, int8, {name}"].run, windows, arguments.repeats)
             for name in ("full", cheapest(model.config))
         }
-        models = {
-            "MiniLM, transformers, fp32": ("transformers", "twin", "model.safetensors"),
-            "MiniLM, ONNX Runtime, int8": ("onnxruntime", ".", "dynamic.onnx"),
-            "MiniLM, OpenVINO, int8": ("openvino", ".", "openvino.bin"),
-            "ours, int8, full": ("ours", arguments.model, "model.safetensors"),
-        }
-        for name, (kind, where, weights) in models.items():
-            path = Path(folder) / where
-            results[name] |= fresh_process(kind, path)
-            results[name]["weights_mb"] = (path / weights).stat().st_size / 1e6
     rate = int8_rate()
-    for name, measured in results.items():
+    for row in measured.values():
         for batch in BATCH_SIZES:
-            measured[f"batch_{batch}_speedup"] = results[BASELINE][f"batch_{batch}_ms"] / measured[f"batch_{batch}_ms"]
-        measured["pipeline_speedup"] = results[BASELINE]["pipeline_ms_a_question"] / measured["pipeline_ms_a_question"]
-        if name.startswith("ours, int8"):
-            macs = model.config.macs(name.rsplit(", ", 1)[1], LENGTH)
-            for batch in BATCH_SIZES:
-                measured[f"batch_{batch}_times_floor"] = measured[f"batch_{batch}_ms"] / (macs * batch / rate * 1e3)
-    draw_curves(curves, ROOT / "assets" / "latency.png")
+            if f"batch_{batch}_ms" in row and "macs_at_384" in row:
+                row[f"batch_{batch}_times_floor"] = row[f"batch_{batch}_ms"] / (row["macs_at_384"] * batch / rate * 1e3)
+    draw_curves(curves, arguments.plot)
     write_json(
         arguments.output,
         {
             "tokens": LENGTH,
+            "batch_sizes": BATCH_SIZES,
             "repeats": arguments.repeats,
             "questions": len(asked),
-            "rows": results,
+            "rows": {name: row for name, row in measured.items() if not rows[name].of_paper},
+            "paper_rows": {name: row for name, row in measured.items() if rows[name].of_paper},
             "int8_macs_a_second": rate,
             "curves": curves,
             "data": data,
@@ -363,9 +366,9 @@ def main():
             **describe_run("recipe.benchmark", matplotlib),
         },
     )
-    for name, measured in results.items():
-        print(f"{name:40s}" + "".join(f"{measured[f'batch_{b}_ms']:10.2f} ms" for b in BATCH_SIZES))
-    print(f"Wrote {arguments.output}")
+    for name, row in measured.items():
+        print(f"{name:55s}{row['batch_1_ms']:10.2f} ms{row['batch_32_ms']:10.2f} ms at 32")
+    print(f"Wrote {arguments.output} and {arguments.plot}")
 
 
 if __name__ == "__main__":

@@ -8,10 +8,12 @@ how many decimals (2, if not said). Everywhere else a number with a unit of what
 import argparse
 import difflib
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 from huggingface_hub import EvalResult, ModelCard
 
 from qualaminilm.configuration_qualaminilm import PRESETS_FILE, write_beside_then_rename
@@ -21,6 +23,7 @@ BLOCK = re.compile(r"(<!-- report: (\S+) -->\n)(.*?)(<!-- /report -->)", re.DOTA
 FIGURE = re.compile(r"(<!-- =([\w-]+)\.([\w.-]+?)(:\S+)? -->)(.*?)(<!-- / -->)", re.DOTALL)
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 UNITS = r"F1|EM|ms|MB|MACs|x|times|%"
+PLOT = "assets/f1-latency.png"
 MEASURED = re.compile(rf"\d[\d.,]*\**\s*(?:{UNITS})(?!\w)|\b(?:F1|EM)\s+(?:of\s+)?\**\d[\d.]*")
 
 
@@ -28,28 +31,112 @@ def read_presets(folder):
     return json.loads((folder / PRESETS_FILE).read_text(encoding="utf-8"))["presets"]
 
 
+def read_results(folder, file):
+    """Content of `results/FILE.json`, `None` where there is none."""
+    path = folder / "results" / f"{file}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def markdown_table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines)
+
+
+def lost(scores, full):
+    """F1 lost against `full`, the scores of the fp32 model that drops nothing; nothing to say of that one itself."""
+    if full is None or scores["f1"] == full["f1"]:
+        return ""
+    return f"{100 * (1 - scores['f1'] / full['f1']):.1f} %"
+
+
 def presets_table(folder):
-    """The presets of `length_configs.json` with their scores."""
+    """The presets: validation scores of `length_configs.json`, test scores in fp32 and int8 of results/."""
     presets = read_presets(folder)
-    lines = [
-        "| `length_config` | tokens kept, of 384 | MACs share | validation F1 | EM | lost | test F1 | EM | lost |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    full_on = {"validation": presets["full"].get("validation"), "test": read_results(folder, "test-full")}
+    rows = []
     for name, preset in presets.items():
         lengths = ", ".join(map(str, preset["lengths_at_384"])) if name != "full" else "all"
         cells = [f'`"{name}"`', lengths, f"{preset['macs_share']:.2f}"]
-        for split in ("validation", "test"):
-            scores, full = preset.get(split), presets["full"].get(split)
+        for split, scores in (
+            ("validation", preset.get("validation")),
+            ("test", read_results(folder, f"test-{name}")),
+            ("test", read_results(folder, f"test-int8-{name}")),
+        ):
+            full = full_on[split]
             if scores is None:
                 cells += ["not measured", "", ""]
-                continue
-            lost = f"{100 * (1 - scores['f1'] / full['f1']):.1f} %" if full and name != "full" else ""
-            cells += [f"{scores['f1']:.2f}", f"{scores['em']:.2f}", lost]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            else:
+                cells += [f"{scores['f1']:.2f}", f"{scores['em']:.2f}", lost(scores, full)]
+        rows.append(cells)
+    header = ["`length_config`", "tokens kept, of 384", "MACs share", "validation F1", "EM", "lost"]
+    return markdown_table([*header, "test F1, fp32", "EM", "lost", "test F1, int8", "EM", "lost"], rows)
 
 
-TABLES = {"presets": presets_table}
+# Which results file has the F1 of a row of the paper's table; of the other models there are no weights here.
+PAPER_F1 = {
+    "MiniLM": "test-finetuned",
+    "MiniLM, int8": "test-finetuned-int8",
+    "LA-MiniLM": "test-attention-full",
+    "LA-MiniLM (269, 253, 252, 202, 104, 34)": "test-attention-269",
+    "QuaLA-MiniLM": "test-attention-int8-full",
+    "QuaLA-MiniLM (315, 251, 242, 159, 142, 33)": "test-attention-int8-315",
+}
+
+
+def paper_table(folder):
+    """The paper's table, each figure as measured here with the paper's in brackets, and the presets below it."""
+    measured, rows = read_results(folder, "benchmark"), []
+    for row in read_results(folder, "paper")["rows"]:
+        name = row["name"]
+        scores = read_results(folder, PAPER_F1[name]) if name in PAPER_F1 else None
+        f1 = f"{scores['f1']:.2f}" if scores else "not measured" if name in PAPER_F1 else "no weights here"
+        rows.append([name, f1 + f" ({row['f1']:.2f})", *speed_cells(measured["paper_rows"][name], row)])
+    for name, preset in read_presets(folder).items():
+        scores = read_results(folder, f"test-int8-{name}")
+        lengths = f" ({', '.join(map(str, preset['lengths_at_384']))})" if name != "full" else ""
+        f1 = f"{scores['f1']:.2f}" if scores else "not measured"
+        speed = speed_cells(measured["rows"][f"ours, int8, {name}"])
+        rows.append([f'**this model, `"{name}"`**{lengths}', f1, *speed])
+    header = ["model (tokens a layer, of 384)", "F1", "MB", "10^9 MACs", "ms, batch 32", "speed-up, batch 32"]
+    return markdown_table([*header, "ms, batch 1", "speed-up, batch 1"], rows)
+
+
+def speed_cells(measured, paper=None):
+    """Size, MACs, milliseconds and speed-ups of one row of the benchmark, the paper's in brackets."""
+
+    def cell(value, digits, key):
+        return f"{value:.{digits}f}" + (f" ({paper[key]:.{digits}f})" if paper else "")
+
+    return [
+        cell(measured["size_mb"], 1, "size_mb"),
+        f"{measured['macs_at_384'] / 1e9:.2f}" + (f" ({paper['macs'] / 1e9:.2f})" if paper else ""),
+        cell(measured["batch_32_ms"], 0, "latency_ms"),
+        cell(measured["batch_32_speedup"], 1, "speedup") + "x",
+        f"{measured['batch_1_ms']:.1f}",
+        f"{measured['batch_1_speedup']:.1f}x",
+    ]
+
+
+def peers_table(folder):
+    """Speed, size and memory of this model's presets and of what else runs the same weights."""
+    benchmark, rows = read_results(folder, "benchmark"), []
+    batches = benchmark["batch_sizes"]
+    for name, measured in benchmark["rows"].items():
+        cells = [name, f"{measured['size_mb']:.1f}"]
+        for key in [*(f"batch_{batch}" for batch in batches), "pipeline"]:
+            cells.append(f"{measured[key + '_ms']:.1f} ({measured[key + '_speedup']:.1f}x)")
+        for key, form in (
+            ("batch_32_times_floor", ".1f"),
+            ("seconds_to_first_answer", ".2f"),
+            ("peak_resident_mb", ".0f"),
+        ):
+            cells.append(format(measured[key], form) if key in measured else "")
+        rows.append(cells)
+    header = ["what runs", "MB", *(f"batch {batch}" for batch in batches), "a question through the pipeline"]
+    return markdown_table([*header, "times the floor, batch 32", "s to first answer", "peak MB"], rows)
+
+
+TABLES = {"presets": presets_table, "paper": paper_table, "peers": peers_table}
 
 
 def measured_figure(folder, file, path, decimals):
@@ -84,6 +171,32 @@ def model_index(folder):
         if "test" in preset
         for metric, shown, key in (("f1", "F1", "f1"), ("exact_match", "Exact match", "em"))
     ]
+
+
+def draw_f1_against_latency(folder, path):
+    """Plots test F1 against the latency of one row of 384 tokens: the int8 presets, and lines where the peers stand."""
+    measured = read_results(folder, "benchmark")["rows"]
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    presets = [(name, read_results(folder, f"test-int8-{name}")) for name in read_presets(folder)]
+    points = [(measured[f"ours, int8, {name}"]["batch_1_ms"], scores["f1"], name) for name, scores in presets if scores]
+    axes.plot(*zip(*((x, y) for x, y, _ in points)), "o-", color="tab:blue", label="this model, int8, its presets")
+    for x, y, name in points:
+        axes.annotate(name, (x, y), xytext=(6, -12), textcoords="offset points", color="tab:blue")
+    fastest = points[-1][0]
+    peers = [name for name in measured if name.startswith(("BERT-base", "MiniLM"))]
+    for color, name in zip(("0.2", "tab:orange", "tab:green", "tab:red"), peers):
+        x = measured[name]["batch_1_ms"]
+        axes.axvline(
+            x, color=color, linestyle="--", label=f"{name}: {x:.1f} ms, {x / fastest:.1f} times the fastest preset"
+        )
+    axes.set(xscale="log", xlabel="milliseconds, 384 tokens, batch 1", ylabel="F1 on SQuAD v1.1's development set")
+    axes.legend(
+        loc="lower right", fontsize=8, title="lines: peers' latency; same weights, F1 not measured", title_fontsize=8
+    )
+    unfinished = path.with_name(path.name + ".unfinished")
+    figure.savefig(unfinished, format="png", dpi=150)
+    os.replace(unfinished, path)
+    plt.close(figure)
 
 
 def render(text, folder=ROOT):
@@ -132,6 +245,9 @@ def main():
     if not arguments.check:
         write_beside_then_rename(readme, rendered)
         print(f"Wrote {readme}")
+        if PLOT in text:
+            draw_f1_against_latency(arguments.folder, arguments.folder / PLOT)
+            print(f"Wrote {arguments.folder / PLOT}")
     elif rendered != text:
         lines = difflib.unified_diff(text.splitlines(), rendered.splitlines(), "README.md", "make report", lineterm="")
         sys.exit("\n".join(lines))

@@ -1,5 +1,6 @@
 import io
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from transformers import AutoConfig, pipeline
 from conftest import ROOT, TRANSFORMERS_5, right_padded, tiny_config
 from qualaminilm import modeling_qualaminilm
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe.data import load_tokenizer
+from recipe.evaluate import answer_all
 
 pytestmark = pytest.mark.skipif(TRANSFORMERS_5, reason="Optimum runs on transformers 4.57")
 if not TRANSFORMERS_5:
@@ -32,6 +35,11 @@ def random_model(family="bert", significance="learned", **fields):
     return QuaLAMiniLMForQuestionAnswering(
         tiny_config(embedding_type=family, significance=significance, **fields)
     ).eval()
+
+
+def float_model(folder):
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(folder, dtype=torch.float32).eval()
+    return model.dequantize() if model.config.int8_storage else model
 
 
 def onnx_runtime(graph):
@@ -144,7 +152,7 @@ def test_optimum_loads_the_export_and_answers(tmp_path, monkeypatch, runtime):
 
 @pytest.mark.parametrize("length_config", ["full", "accurate", "fastest"])
 def test_the_shipped_models_graph_agrees_on_real_questions(validation_questions, length_config):
-    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT, dtype=torch.float32).eval()
+    model = float_model(ROOT)
     tokenizer = load_tokenizer(ROOT)
     questions = validation_questions.shuffle(seed=0).select(range(6))
     inputs = tokenizer(
@@ -158,3 +166,25 @@ def test_the_shipped_models_graph_agrees_on_real_questions(validation_questions,
     graph = build_graph(model, length_config)
     for runtime in (onnx_runtime, open_vino):
         assert_agrees(runtime(graph), model, length_config, dict(inputs))
+
+
+@pytest.mark.parametrize("length_config", ["full", "balanced"])
+def test_int8_graphs_give_the_shipped_models_answers(validation_questions, length_config):
+    model, tokenizer = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval(), load_tokenizer(ROOT)
+    if not model.config.int8_storage:
+        pytest.skip("the shipped weights are floats")
+    questions = validation_questions.shuffle(seed=1).select(range(300))
+    run, exported = onnx_runtime(build_graph(model, length_config)), QuestionAnsweringPipeline(model, tokenizer)
+    exported.model = lambda length_config=None, **inputs: SimpleNamespace(
+        **dict(
+            zip(
+                ("start_logits", "end_logits"),
+                map(torch.tensor, run({name: tensor.numpy() for name, tensor in inputs.items()})),
+            )
+        )
+    )
+    ours, theirs = (
+        answer_all(each, questions, 16, length_config, progress=False)[0]
+        for each in (QuestionAnsweringPipeline(model, tokenizer), exported)
+    )
+    assert sum(one == other for one, other in zip(ours, theirs)) >= 0.98 * 300

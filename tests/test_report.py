@@ -7,7 +7,16 @@ import pytest
 from huggingface_hub import ModelCard
 
 from conftest import ROOT
-from recipe.report import measured_figure, model_index, presets_table, render, unmeasured_figures
+from recipe.report import (
+    PLOT,
+    measured_figure,
+    model_index,
+    paper_table,
+    peers_table,
+    presets_table,
+    render,
+    unmeasured_figures,
+)
 
 FRONT = "---\nlicense: mit\n---\n"
 
@@ -49,10 +58,68 @@ def report(folder, *options):
     )
 
 
-def test_the_table_by_hand(folder):
+def write_results(folder, **results):
+    for name, content in results.items():
+        (folder / "results" / f"{name.replace('_', '-')}.json").write_text(json.dumps(content))
+
+
+def test_the_presets_by_hand(folder):
+    write_results(folder, test_full={"f1": 90.0, "em": 85.5}, test_int8_full={"f1": 89.1, "em": 85.0})
+    write_results(folder, test_int8_fast={"f1": 81.0, "em": 75.25})
     _, _, full, fast = presets_table(folder).splitlines()
-    assert full == '| `"full"` | all | 1.00 | 80.00 | 70.00 |  | 90.00 | 85.50 |  |'
-    assert fast == '| `"fast"` | 192, 96 | 0.43 | 78.00 | 69.00 | 2.5 % | not measured |  |  |'
+    assert full == '| `"full"` | all | 1.00 | 80.00 | 70.00 |  | 90.00 | 85.50 |  | 89.10 | 85.00 | 1.0 % |'
+    fast_on_test = "not measured |  |  | 81.00 | 75.25 | 10.0 % |"
+    assert fast == f'| `"fast"` | 192, 96 | 0.43 | 78.00 | 69.00 | 2.5 % | {fast_on_test}'
+
+
+def timed(batch_1, batch_32, **more):
+    """A row of the benchmark whose baseline takes 100 ms at either batch size."""
+    times = {"batch_1": batch_1, "batch_32": batch_32}
+    speed = {f"{key}_ms": ms for key, ms in times.items()} | {f"{key}_speedup": 100 / ms for key, ms in times.items()}
+    return {"size_mb": 23.45, "macs_at_384": 4.756e9, **speed, **more}
+
+
+@pytest.fixture
+def measured_folder(folder):
+    """`folder` with a benchmark and two rows of the paper."""
+    row = {"size_mb": 84.85, "f1": 88.85, "latency_ms": 7.84, "macs": 4.76e9, "speedup": 7.21}
+    rows = [{"name": name, **row} for name in ("BERT-base", "QuaLA-MiniLM")]
+    pipeline = {"pipeline_ms": 2.0, "pipeline_speedup": 50.0}
+    benchmark = {
+        "batch_sizes": [1, 32],
+        "rows": {
+            "BERT-base, transformers, fp32": timed(100, 100, pipeline_ms=100.0, pipeline_speedup=1.0),
+            "ours, int8, full": timed(5, 4, **pipeline, batch_32_times_floor=2.04, peak_resident_mb=300.4),
+            "ours, int8, fast": timed(2.5, 2, **pipeline),
+        },
+        "paper_rows": {"BERT-base": timed(125, 80), "QuaLA-MiniLM": timed(8, 10)},
+    }
+    write_results(folder, paper={"rows": rows}, benchmark=benchmark, test_int8_full={"f1": 89.1, "em": 85.0})
+    write_results(folder, test_attention_int8_full={"f1": 77.777, "em": 60.0})
+    return folder
+
+
+def test_the_paper_s_rows_by_hand(measured_folder):
+    _, _, bert, quala, full, fast = paper_table(measured_folder).splitlines()
+    sizes = "23.4 (84.8) | 4.76 (4.76)"
+    assert bert == f"| BERT-base | no weights here (88.85) | {sizes} | 80 (8) | 1.2 (7.2)x | 125.0 | 0.8x |"
+    assert quala == f"| QuaLA-MiniLM | 77.78 (88.85) | {sizes} | 10 (8) | 10.0 (7.2)x | 8.0 | 12.5x |"
+    assert full == '| **this model, `"full"`** | 89.10 | 23.4 | 4.76 | 4 | 25.0x | 5.0 | 20.0x |'
+    assert fast == '| **this model, `"fast"`** (192, 96) | not measured | 23.4 | 4.76 | 2 | 50.0x | 2.5 | 40.0x |'
+
+
+def test_the_peers_by_hand(measured_folder):
+    _, _, bert, full, _ = peers_table(measured_folder).splitlines()
+    assert bert == "| BERT-base, transformers, fp32 | 23.4 | 100.0 (1.0x) | 100.0 (1.0x) | 100.0 (1.0x) |  |  |  |"
+    assert full == "| ours, int8, full | 23.4 | 5.0 (20.0x) | 4.0 (25.0x) | 2.0 (50.0x) | 2.0 |  | 300 |"
+
+
+def test_report_draws_the_picture_that_the_readme_shows(measured_folder):
+    path = measured_folder / "README.md"
+    path.write_text(path.read_text() + f"\n![F1 against latency]({PLOT})\n")
+    (measured_folder / PLOT).parent.mkdir()
+    assert report(measured_folder).returncode == 0
+    assert (measured_folder / PLOT).read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_writes_tables_figures_and_the_model_index(folder):
@@ -102,7 +169,7 @@ def test_what_is_wanted_and_missing_is_named(folder):
     for file, path in (("nothing", "f1"), ("speed", "rows.theirs.ms"), ("speed", "list.9"), ("speed", "rows")):
         with pytest.raises(ValueError, match=f"README.md wants {path} of results/{file}.json"):
             measured_figure(folder, file, path, None)
-    with pytest.raises(ValueError, match="wants the table 'speeds', expected one of presets"):
+    with pytest.raises(ValueError, match="wants the table 'speeds', expected one of presets, paper, peers"):
         render(f"{FRONT}<!-- report: speeds -->\n<!-- /report -->\n", folder)
     path = folder / "README.md"
     path.write_text(path.read_text().replace("=speed.rows", "=slow.rows"))

@@ -1,0 +1,100 @@
+"""What people could use instead, from the same weights: transformers' own class, ONNX Runtime, OpenVINO.
+
+Every peer becomes a callable that takes a dict of int64 (batch, sequence), as recipe.benchmark times it. The runtimes
+are those of requirements-benchmark.txt.
+"""
+
+from pathlib import Path
+
+import torch
+from transformers import BertForQuestionAnswering
+
+from recipe.export import transformers_config
+
+
+def transformers_twin(model):
+    """transformers' own `BertForQuestionAnswering` of a float `model`, without its scorers."""
+    twin = BertForQuestionAnswering(transformers_config(model.config)).eval()
+    weights = {name: tensor for name, tensor in model.state_dict().items() if ".scorer." not in name}
+    twin.load_state_dict(weights)
+    return twin
+
+
+def onnx_file(twin, folder):
+    """`twin` as an ONNX graph with dynamic batch and sequence; returns its path."""
+    path = Path(folder) / "model.onnx"
+    inputs = (torch.ones(2, 16, dtype=torch.long),) * 3
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    axes = {name: {0: "batch", 1: "sequence"} for name in [*names, "start_logits", "end_logits"]}
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twin = twin
+
+        def forward(self, input_ids, attention_mask, token_type_ids):
+            outputs = self.twin(input_ids, attention_mask, token_type_ids)
+            return outputs.start_logits, outputs.end_logits
+
+    torch.onnx.export(
+        Logits().eval(),  # export leaves a module in the mode that it found
+        inputs,
+        path,
+        input_names=names,
+        output_names=["start_logits", "end_logits"],
+        dynamic_axes=axes,
+        opset_version=17,
+        dynamo=False,
+    )
+    return path
+
+
+def quantize_onnx(path):
+    """ONNX Runtime's own int8 graph of the float one at `path`; returns its path."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    quantized = path.with_name("dynamic.onnx")
+    quantize_dynamic(path, quantized, weight_type=QuantType.QInt8, per_channel=True)
+    return quantized
+
+
+def onnx_runtime_row(path, threads):
+    """The ONNX graph at `path` in ONNX Runtime, whose threads do not spin between turns."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
+
+
+def quantize_openvino(path, calibration):
+    """OpenVINO's own int8 graph of the float ONNX one at `path`; returns its path."""
+    import nncf
+    import openvino
+
+    quantized = path.with_name("openvino.xml")
+    samples = nncf.Dataset([{name: tensor.numpy() for name, tensor in inputs.items()} for inputs in calibration])
+    graph = nncf.quantize(openvino.convert_model(path), samples, model_type=nncf.ModelType.TRANSFORMER)
+    openvino.save_model(graph, quantized)
+    return quantized
+
+
+def openvino_row(path, threads):
+    """The graph at `path` in OpenVINO."""
+    import openvino
+
+    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = openvino.compile_model(path, "CPU", hints)
+    return lambda inputs: compiled({name: tensor.numpy() for name, tensor in inputs.items()})
+
+
+def torch_row(model, **arguments):
+    """`model`, a torch module, called with `arguments` beside the inputs."""
+
+    def run(inputs):
+        with torch.inference_mode():
+            return model(**inputs, **arguments)
+
+    return run
