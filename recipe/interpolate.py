@@ -11,6 +11,7 @@ import torch
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import load_tokenizer
+from recipe.presets import without_scores
 
 
 def interpolate(finetuned, adapted, share):
@@ -47,6 +48,7 @@ def main():
         for folder in (arguments.finetuned, arguments.adapted)
     )
     interpolate(finetuned, adapted, arguments.share)
+    adapted.config.length_presets = without_scores(adapted.config, adapted.config.length_presets)
     adapted.save_pretrained(arguments.output_dir)
     load_tokenizer(arguments.adapted).save_pretrained(arguments.output_dir)
     print(f"Wrote the model between to {arguments.output_dir}")

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.quantization_qualaminilm import INT8_STORAGE, QuantizedEmbedding, QuantizedLinear
 from recipe.data import identities, load_tokenizer, read_questions, refuse_test_sets, training_features
+from recipe.presets import without_scores
 
 
 class Inputs:
@@ -80,7 +81,7 @@ def observe(model, rows):
 
 
 def quantize(model, rows, clipping="mse", correct_bias=True):
-    """The int8 model of a float one.
+    """The int8 model of a float one, whose presets it has without their scores.
 
     Args:
         model ([`QuaLAMiniLMForQuestionAnswering`]).
@@ -92,6 +93,7 @@ def quantize(model, rows, clipping="mse", correct_bias=True):
     seen = observe(model, rows)
     config = copy.deepcopy(model.config)
     config.int8_storage = INT8_STORAGE
+    config.length_presets = without_scores(config, config.length_presets)
     quantized = QuaLAMiniLMForQuestionAnswering(config).eval()
     floats = dict(model.named_modules())
     for name, module in quantized.named_modules():

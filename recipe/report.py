@@ -43,22 +43,22 @@ def markdown_table(header, rows):
 
 
 def lost(scores, full):
-    """F1 lost against `full`, the scores of the fp32 model that drops nothing; nothing to say of that one itself."""
-    if full is None or scores["f1"] == full["f1"]:
+    """F1 lost against `full`, the scores of the fp32 model that drops nothing; empty for that one itself."""
+    if full is None or scores == full:
         return ""
     return f"{100 * (1 - scores['f1'] / full['f1']):.1f} %"
 
 
 def presets_table(folder):
-    """The presets: validation scores of `length_configs.json`, test scores in fp32 and int8 of results/."""
-    presets = read_presets(folder)
-    full_on = {"validation": presets["full"].get("validation"), "test": read_results(folder, "test-full")}
+    """The presets: the search's validation scores, and test scores in fp32 and int8."""
+    presets, searched = read_presets(folder), read_results(folder, "search")["presets"]
+    full_on = {"validation": searched["full"], "test": read_results(folder, "test-full")}
     rows = []
     for name, preset in presets.items():
         lengths = ", ".join(map(str, preset["lengths_at_384"])) if name != "full" else "all"
         cells = [f'`"{name}"`', lengths, f"{preset['macs_share']:.2f}"]
         for split, scores in (
-            ("validation", preset.get("validation")),
+            ("validation", searched.get(name)),
             ("test", read_results(folder, f"test-{name}")),
             ("test", read_results(folder, f"test-int8-{name}")),
         ):

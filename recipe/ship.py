@@ -1,7 +1,6 @@
-"""Makes a trained folder the shipped model, in half precision: `python -m recipe.ship FOLDER`.
+"""Makes a folder the shipped model: `python -m recipe.ship FOLDER`.
 
-The shipped model's presets keep their length configs until recipe.search finds new ones; their MACs are computed anew,
-and their scores, other weights' scores, are dropped.
+Float weights are stored in half precision, int8 ones as they are. The folder's presets and their scores come along.
 """
 
 import argparse
@@ -12,21 +11,18 @@ from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import load_tokenizer
 from recipe.evaluate import ROOT
-from recipe.presets import without_scores
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="output folder of recipe.finetune or recipe.adapt")
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("folder", help="output folder of recipe.adapt, recipe.search or recipe.quantize")
     folder = parser.parse_args().folder
-    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(folder, dtype=torch.float16)
-    presets = model.config.length_presets
-    if (ROOT / "config.json").exists():
-        presets = QuaLAMiniLMConfig.from_pretrained(ROOT).length_presets
-    model.config.length_presets = without_scores(model.config, presets)
+    config = QuaLAMiniLMConfig.from_pretrained(folder)
+    dtype = torch.float32 if config.int8_storage else torch.float16
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(folder, dtype=dtype)
     model.save_pretrained(ROOT)
     load_tokenizer(folder).save_pretrained(ROOT)
-    print(f"Wrote the model of {folder} to {ROOT} in float16")
+    print(f"Wrote the model of {folder} to {ROOT} in {'int8' if config.int8_storage else 'float16'}")
 
 
 if __name__ == "__main__":

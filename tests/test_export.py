@@ -37,11 +37,6 @@ def random_model(family="bert", significance="learned", **fields):
     ).eval()
 
 
-def float_model(folder):
-    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(folder, dtype=torch.float32).eval()
-    return model.dequantize() if model.config.int8_storage else model
-
-
 def onnx_runtime(graph):
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     names = {each.name for each in session.get_inputs()}
@@ -152,7 +147,7 @@ def test_optimum_loads_the_export_and_answers(tmp_path, monkeypatch, runtime):
 
 @pytest.mark.parametrize("length_config", ["full", "accurate", "fastest"])
 def test_the_shipped_models_graph_agrees_on_real_questions(validation_questions, length_config):
-    model = float_model(ROOT)
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval().dequantize()
     tokenizer = load_tokenizer(ROOT)
     questions = validation_questions.shuffle(seed=0).select(range(6))
     inputs = tokenizer(
@@ -171,8 +166,6 @@ def test_the_shipped_models_graph_agrees_on_real_questions(validation_questions,
 @pytest.mark.parametrize("length_config", ["full", "balanced"])
 def test_int8_graphs_give_the_shipped_models_answers(validation_questions, length_config):
     model, tokenizer = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval(), load_tokenizer(ROOT)
-    if not model.config.int8_storage:
-        pytest.skip("the shipped weights are floats")
     questions = validation_questions.shuffle(seed=1).select(range(300))
     run, exported = onnx_runtime(build_graph(model, length_config)), QuestionAnsweringPipeline(model, tokenizer)
     exported.model = lambda length_config=None, **inputs: SimpleNamespace(

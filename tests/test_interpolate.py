@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from conftest import tiny_config, tiny_folder
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.interpolate import interpolate, main
 
@@ -45,9 +46,14 @@ def test_shares_and_shapes_that_do_not_fit_are_named():
 
 def test_the_command_writes_a_whole_model(tmp_path, monkeypatch):
     folders = [tiny_folder(tmp_path / name) for name in ("finetuned", "adapted")]
+    searched = QuaLAMiniLMConfig.from_pretrained(folders[1])
+    searched.length_presets["full"]["test"] = {"f1": 1.0, "em": 1.0}  # other weights' scores
+    searched.save_presets(folders[1])
     options = ["--finetuned", folders[0], "--adapted", folders[1], "--output_dir", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["interpolate", *map(str, options)])
     main()
     before = QuaLAMiniLMForQuestionAnswering.from_pretrained(folders[0]).state_dict()
     after = QuaLAMiniLMForQuestionAnswering.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    presets = QuaLAMiniLMConfig.from_pretrained(tmp_path / "out").length_presets
+    assert presets["full"]["lengths_at_384"] == [384, 384] and "test" not in presets["full"]

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from conftest import ROOT, right_padded, run, tiny_config, tiny_folder
-from qualaminilm import modeling_qualaminilm
+from conftest import ROOT, right_padded, run, tiny_config, tiny_folder, trains
+from qualaminilm import modeling_qualaminilm, quantization_qualaminilm
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.quantization_qualaminilm import (
     PAIR_LIMIT,
     FloatKernel,
@@ -23,6 +25,8 @@ from qualaminilm.quantization_qualaminilm import (
     QuantizedLinear,
     onednn_is_exact,
 )
+from recipe.data import load_tokenizer
+from recipe.evaluate import answer_all
 from recipe.quantize import Inputs, main, quantize
 from tests.brute_force import BruteForce
 
@@ -327,3 +331,28 @@ def test_the_command_refuses_what_it_cannot_quantise(tmp_path, city_file, monkey
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(ValueError, match="is int8 already, expected a float model"):
         main()
+
+
+@has_qlinear
+@trains  # nothing here differs between the transformers lines, and it takes a minute
+def test_both_kernels_give_the_shipped_model_s_answers(validation_questions, monkeypatch):
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval()
+    without = copy.deepcopy(model)
+    questions = validation_questions.shuffle(seed=2).select(range(500))
+
+    def answers(model):
+        pipeline = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(ROOT))
+        return answer_all(pipeline, questions, 16, "full", progress=False)[0]
+
+    expected = answers(model)
+    assert isinstance(model.bert.encoder.layer[0].output.dense.kernel(), OneDNNKernel)
+    monkeypatch.setattr(quantization_qualaminilm, "runs_on_onednn", lambda linears: False)
+    assert answers(without) == expected
+    assert isinstance(without.bert.encoder.layer[0].output.dense.kernel(), FloatKernel)
+
+
+def test_what_a_user_downloads_is_small():
+    """All that from_pretrained and the pipeline read, but for the tokenizer, in at most 24 MB."""
+    assert QuaLAMiniLMConfig.from_pretrained(ROOT).int8_storage
+    files = [ROOT / name for name in ("model.safetensors", "config.json", "length_configs.json")]
+    assert sum(path.stat().st_size for path in [*files, *ROOT.glob("*_qualaminilm.py")]) <= 24e6

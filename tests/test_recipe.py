@@ -305,24 +305,27 @@ def test_the_test_file_is_known():
     assert identity(DATA / "squad-v1.1-dev.json") in TEST_SETS
 
 
-def test_ship_keeps_presets_and_drops_their_scores(tmp_path, monkeypatch):
+@pytest.mark.parametrize("int8", [False, True])
+def test_ship_brings_weights_and_presets(tmp_path, monkeypatch, int8):
     from recipe import ship
+    from recipe.quantize import quantize
 
-    shipped, trained = tmp_path / "shipped", tmp_path / "trained"
-    tiny_folder(trained)
-    presets = {"half": {"length_config": [0.5, 0.25], "test": {"f1": 1.0, "em": 1.0}}}
-    config = QuaLAMiniLMConfig.from_pretrained(trained)
-    config.length_presets |= presets
-    config.save_pretrained(shipped)
+    shipped, trained = tiny_folder(tmp_path / "shipped"), tiny_folder(tmp_path / "trained")
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(trained)
+    with torch.no_grad():
+        model.qa_outputs.weight.normal_()
+    if int8:
+        model = quantize(model, [{"input_ids": [5, 6, 7], "token_type_ids": [0, 0, 0]}])
+    half = {"length_config": [0.5, 0.25], "test": {"f1": 1.0, "em": 1.0}}
+    model.config.length_presets["half"] = half
+    model.save_pretrained(trained)
     monkeypatch.setattr(ship, "ROOT", shipped)
     monkeypatch.setattr(sys, "argv", ["ship", str(trained)])
     ship.main()
-    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(shipped)
-    for name, tensor in QuaLAMiniLMForQuestionAnswering.from_pretrained(trained).state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor.half().float())
-    half = model.config.length_presets["half"]
-    assert half["lengths_at_384"] == [192, 96] and "test" not in half
-    assert model.config.token_lengths({"max_macs": half["macs_share"]}) == model.config.token_lengths("half")
+    after = QuaLAMiniLMForQuestionAnswering.from_pretrained(shipped)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(after.state_dict()[name], tensor if int8 else tensor.half().float())
+    assert after.config.length_presets["half"] == half and bool(after.config.int8_storage) == int8
 
 
 @trains

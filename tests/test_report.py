@@ -29,19 +29,19 @@ def folder(tmp_path):
             "length_config": [1.0, 1.0],
             "lengths_at_384": [384, 384],
             "macs_share": 1.0,
-            "validation": {"f1": 80.0, "em": 70.0},
             "test": {"f1": 90.0, "em": 85.5},
         },
         "fast": {
             "length_config": [0.5, 0.25],
             "lengths_at_384": [192, 96],
             "macs_share": 0.4321,
-            "validation": {"f1": 78.0, "em": 69.0},
         },
     }
     (tmp_path / "length_configs.json").write_text(json.dumps({"num_hidden_layers": 2, "presets": presets}))
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "speed.json").write_text(json.dumps({"rows": {"ours": {"ms": 3.14159}}, "list": [7, 8]}))
+    searched = {"full": {"f1": 80.0, "em": 70.0}, "fast": {"f1": 78.0, "em": 69.0}}
+    (tmp_path / "results" / "search.json").write_text(json.dumps({"presets": searched}))
     (tmp_path / "README.md").write_text(
         f"{FRONT}# Title\n\n<!-- report: presets -->\n<!-- /report -->\n\n"
         "It takes <!-- =speed.rows.ours.ms:.1f -->0<!-- / --> ms.\n"
