@@ -1,10 +1,11 @@
 """Int8 weights and the CPU kernels behind them.
 
 A linear layer stores int8 weights, symmetric, with one scale an output feature, and takes 8-bit activations,
-asymmetric, with one scale and zero point for the whole tensor (Jacob et al., arXiv:1712.05877):
+asymmetric, with one scale and zero point for the whole tensor (Jacob et al., arXiv:1712.05877), each feature divided by
+its `smoothing` first, by which the weights were multiplied (SmoothQuant, Xiao et al., arXiv:2211.10438):
 
     output = (quantized - input_zero_point) @ weight.T * weight_scale * input_scale + bias
-    quantized = clamp(round(input / input_scale) + input_zero_point, 0, 255)
+    quantized = clamp(round(input / (smoothing * input_scale)) + input_zero_point, 0, 255)
 
 Products of 8-bit integers are summed exactly, by oneDNN where the processor can, else in float32. A processor without
 VNNI adds the products of input features 2j and 2j + 1 in 16 bits, and saturates silently. Weights whose magnitudes add
@@ -25,7 +26,8 @@ PAIR_LIMIT = 128
 
 # What config.json says of the stored tensors, for readers that are not this code.
 INT8_STORAGE = {
-    "linear": "float weight = weight * weight_scale[:, None]; input = (uint8 - input_zero_point) * input_scale",
+    "linear": "float weight = weight * weight_scale[:, None] / smoothing; "
+    "input = (uint8 - input_zero_point) * input_scale * smoothing",
     "embedding": "float weight = weight * weight_scale[:, None]",
 }
 
@@ -90,9 +92,23 @@ class QuantizedLinear(Int8Weight):
         super().__init__(out_features, in_features)
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32))
+        self.register_buffer("smoothing", torch.ones(in_features, dtype=torch.float32))
         self.register_buffer("input_scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.uint8))
         self._kernels = {}
+
+    def dequantized_weight(self):
+        """float32 (out_features, in_features)."""
+        return super().dequantized_weight() / self.smoothing
+
+    def set_weight(self, weight):
+        """Rounds `weight`, float (out_features, in_features), to this module's integers, given its `smoothing`."""
+        super().set_weight(weight * self.smoothing)
+
+    @property
+    def is_smooth(self):
+        """Whether any feature of the input is divided by anything."""
+        return bool((self.smoothing != 1).any())
 
     @staticmethod
     def magnitude(weight):
@@ -143,18 +159,25 @@ class Kernel:
     """[`QuantizedLinear`] layers that read one input, side by side, ready for a processor."""
 
     def __init__(self, linears):
-        inputs = {(linear.input_scale.item(), linear.input_zero_point.item()) for linear in linears}
-        if len(inputs) > 1:
-            raise ValueError(f"layers that read one input quantise it with these scales and zero points: {inputs}")
-        ((self.input_scale, self.input_zero_point),) = inputs
+        first = linears[0]
+        for name in ("input_scale", "input_zero_point", "smoothing"):
+            if not all(torch.equal(getattr(first, name), getattr(linear, name)) for linear in linears):
+                raise ValueError(f"layers that read one input quantise it alike, but theirs differ in {name}")
+        self.input_scale, self.input_zero_point = first.input_scale.item(), first.input_zero_point.item()
+        self.is_smooth = first.is_smooth
+        self.factor = 1 / (first.smoothing * first.input_scale)
         # Half is added so that truncation, which conversion does anyway, rounds.
-        self.shift = torch.tensor(self.input_zero_point + 0.5, device=linears[0].weight.device)
+        self.shift = torch.tensor(self.input_zero_point + 0.5, device=first.weight.device)
         self.bias = torch.cat([linear.bias for linear in linears])
         self.pack(torch.cat([linear.weight for linear in linears]), torch.cat([each.weight_scale for each in linears]))
 
     def quantize(self, hidden_states):
-        """float (...) to uint8 (...)."""
-        return torch.add(self.shift, hidden_states.float(), alpha=1 / self.input_scale).clamp_(0, 255).to(torch.uint8)
+        """float (..., in_features) to uint8 (..., in_features)."""
+        return torch.addcmul(self.shift, hidden_states.float(), self.factor).clamp_(0, 255).to(torch.uint8)
+
+    def gelu_for(self, quantized, following):
+        """GELU of the product, as uint8 for the kernel `following`."""
+        return following.quantize(F.gelu(self(quantized)))
 
 
 class OneDNNKernel(Kernel):
@@ -170,7 +193,8 @@ class OneDNNKernel(Kernel):
         return self._product(quantized, 1.0, 0, dtype, "none")
 
     def gelu_for(self, quantized, following):
-        """GELU of the product, as uint8 for the kernel `following`."""
+        if following.is_smooth:  # the product has but one scale for its output
+            return super().gelu_for(quantized, following)
         return self._product(quantized, following.input_scale, following.input_zero_point, torch.uint8, "gelu")
 
     def _product(self, quantized, output_scale, output_zero_point, dtype, post_op):
@@ -201,9 +225,6 @@ class FloatKernel(Kernel):
     def __call__(self, quantized, dtype=torch.float32):
         product = F.linear(quantized.float() - self.input_zero_point, self.weight)
         return torch.addcmul(self.bias, product, self.scale).to(dtype)
-
-    def gelu_for(self, quantized, following):
-        return following.quantize(F.gelu(self(quantized)))
 
 
 def neighbours(weight):

@@ -134,7 +134,8 @@ def linears(graph, modules, states):
     """What each of the linear layers `modules`, which read the same input, makes of it."""
     if isinstance(modules[0], QuantizedLinear):
         grid = modules[0].input_scale, modules[0].input_zero_point
-        states = graph("DequantizeLinear", graph("QuantizeLinear", states, *grid), *grid)
+        smoothed = graph("Mul", states, 1 / modules[0].smoothing) if modules[0].is_smooth else states
+        states = graph("DequantizeLinear", graph("QuantizeLinear", smoothed, *grid), *grid)
     results = []
     for module in modules:
         weight = module.weight.detach().T

@@ -7,6 +7,7 @@ on training questions. LayerNorms, scorers and span head stay floats.
 import argparse
 import copy
 import warnings
+from collections import defaultdict
 from pathlib import Path
 
 import datasets
@@ -20,24 +21,32 @@ from recipe.data import identities, load_tokenizer, read_questions, refuse_test_
 from recipe.presets import without_scores
 
 
-class Inputs:
-    """What enters a linear layer: a histogram, and the mean of each feature."""
+class Features:
+    """What enters a linear layer, feature by feature: mean and greatest magnitude, each (in_features,)."""
+
+    def __init__(self):
+        self.summed, self.tokens, self.largest = 0.0, 0, torch.zeros(1)
+
+    def see(self, inputs):
+        self.summed = self.summed + inputs.sum(0)
+        self.tokens += len(inputs)
+        self.largest = torch.maximum(self.largest, inputs.abs().amax(0))
+
+    @property
+    def mean(self):
+        return self.summed / self.tokens
+
+
+class Values:
+    """What enters a linear layer, all features in one histogram."""
 
     def __init__(self):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.ao announces its own end
             self.histogram = HistogramObserver(dtype=torch.quint8, qscheme=torch.per_tensor_affine)
-        self.summed, self.tokens = 0.0, 0
 
     def see(self, inputs):
-        inputs = inputs.flatten(0, -2)
         self.histogram(inputs)
-        self.summed = self.summed + inputs.sum(0)
-        self.tokens += len(inputs)
-
-    @property
-    def mean(self):
-        return self.summed / self.tokens
 
     def scale_and_zero_point(self, clipping):
         """The uint8 grid for these inputs.
@@ -61,36 +70,69 @@ class Inputs:
         return scale, round(-low / scale)
 
 
-def observe(model, rows):
+def observe(model, rows, see):
     """Runs `rows` (each the input_ids and token_type_ids of one window) through the float `model`, nothing dropped.
 
-    Returns:
-        name of a linear layer of the encoder -> its [`Inputs`].
+    Args:
+        see: called with the name and the inputs, `(tokens, in_features)`, of each linear layer of the encoder.
     """
-    seen, hooks = {}, []
-    for name, module in model.bert.encoder.named_modules():
-        if isinstance(module, torch.nn.Linear) and ".scorer." not in name:
-            seen[name] = Inputs()
-            hooks.append(module.register_forward_pre_hook(lambda _, inputs, name=name: seen[name].see(inputs[0])))
+    hooks = [
+        module.register_forward_pre_hook(lambda _, inputs, name=name: see(name, inputs[0].flatten(0, -2)))
+        for name, module in model.bert.encoder.named_modules(prefix="bert.encoder")
+        if isinstance(module, torch.nn.Linear) and ".scorer." not in name
+    ]
     with torch.inference_mode():
         for row in tqdm(rows, desc="Calibrating", unit="window"):
             model(**{name: torch.tensor([row[name]]) for name in ("input_ids", "token_type_ids")}, length_config="full")
     for hook in hooks:
         hook.remove()
-    return seen
 
 
-def quantize(model, rows, clipping="mse", correct_bias=True):
+def smoothings(model, features, migration):
+    """What each linear layer's input is divided by, and its weight multiplied, feature by feature: SmoothQuant's scale
+    migration (Xiao et al., arXiv:2211.10438, equation 4). A few features of a LayerNorm's output are many times larger
+    than the others, which 8 bits for all of them then hardly tell apart.
+
+    Layers that read one input share it. What follows the activation has none: its input is quantised inside a product.
+
+    Args:
+        features: name of a linear layer -> [`Features`].
+        migration (`float`): how much of the activations' range goes to the weights, 0 to 1; SmoothQuant's alpha.
+
+    Returns:
+        name of a linear layer -> (in_features,).
+    """
+    found = {}
+    for i, layer in enumerate(model.bert.encoder.layer):
+        attention = layer.attention
+        for modules in (
+            {f"attention.self.{name}": getattr(attention.self, name) for name in ("query", "key", "value")},
+            {"attention.output.dense": attention.output.dense},
+            {"intermediate.dense": layer.intermediate.dense},
+        ):
+            names = [f"bert.encoder.layer.{i}.{name}" for name in modules]
+            weight = torch.cat([module.weight.detach() for module in modules.values()]).abs().amax(0)
+            inputs = features[names[0]].largest
+            ratio = inputs.clamp(min=1e-5) ** migration / weight.clamp(min=1e-5) ** (1 - migration)
+            found |= dict.fromkeys(names, ratio)
+    return found
+
+
+def quantize(model, rows, clipping="mse", migration=0.5, correct_bias=True):
     """The int8 model of a float one, whose presets it has without their scores.
 
     Args:
         model ([`QuaLAMiniLMForQuestionAnswering`]).
         rows: windows to calibrate on, dicts with input_ids and token_type_ids, one `list` of `int` each.
-        clipping: see [`Inputs.scale_and_zero_point`].
+        clipping: see [`Values.scale_and_zero_point`].
+        migration: see [`smoothings`]; `None`: nothing is smoothed.
         correct_bias (`bool`): take from each bias what rounding the weights adds to the mean output (Nagel et al.,
             arXiv:1906.04721, section 4.2).
     """
-    seen = observe(model, rows)
+    features, values = defaultdict(Features), defaultdict(Values)
+    observe(model, rows, lambda name, inputs: features[name].see(inputs))
+    smoothing = {} if migration is None else smoothings(model, features, migration)
+    observe(model, rows, lambda name, inputs: values[name].see(inputs / smoothing.get(name, 1.0)))
     config = copy.deepcopy(model.config)
     config.int8_storage = INT8_STORAGE
     config.length_presets = without_scores(config, config.length_presets)
@@ -100,14 +142,14 @@ def quantize(model, rows, clipping="mse", correct_bias=True):
         if isinstance(module, QuantizedEmbedding):
             module.set_weight(floats[name].weight)
         elif isinstance(module, QuantizedLinear):
+            module.smoothing.copy_(smoothing.get(name, module.smoothing))
             module.set_weight(floats[name].weight)
-            inputs = seen[name.removeprefix("bert.encoder.")]
-            scale, zero_point = inputs.scale_and_zero_point(clipping)
+            scale, zero_point = values[name].scale_and_zero_point(clipping)
             module.input_scale.fill_(scale)
             module.input_zero_point.fill_(zero_point)
             module.bias.copy_(floats[name].bias.detach())
             if correct_bias:
-                module.bias += (floats[name].weight.detach() - module.dequantized_weight()) @ inputs.mean
+                module.bias += (floats[name].weight.detach() - module.dequantized_weight()) @ features[name].mean
     weights = model.state_dict()
     quantized.load_state_dict({name: weights[name] for name, _ in quantized.named_parameters()}, strict=False)
     return quantized

@@ -127,7 +127,8 @@ class BruteForce:
     def _linear(self, name, state):
         if name + ".weight_scale" in self.weights:
             scale, zero_point = self.weights[name + ".input_scale"], self.weights[name + ".input_zero_point"]
-            quantized = torch.clamp(torch.floor(state / scale + zero_point + 0.5), 0, 255) - zero_point
+            smooth = state / self.weights[name + ".smoothing"]
+            quantized = torch.clamp(torch.floor(smooth / scale + zero_point + 0.5), 0, 255) - zero_point
             product = self.weights[name + ".weight"] @ quantized
             return product * self.weights[name + ".weight_scale"] * scale + self.weights[name + ".bias"]
         return self.weights[name + ".weight"] @ state + self.weights[name + ".bias"]

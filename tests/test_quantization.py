@@ -27,14 +27,14 @@ from qualaminilm.quantization_qualaminilm import (
 )
 from recipe.data import load_tokenizer
 from recipe.evaluate import answer_all
-from recipe.quantize import Inputs, main, quantize
+from recipe.quantize import Values, main, quantize
 from tests.brute_force import BruteForce
 
 KINDS = [(family, significance) for family in ("bert", "roberta") for significance in ("attention", "learned")]
 has_qlinear = pytest.mark.skipif(not hasattr(torch.ops.onednn, "qlinear_pointwise"), reason="torch without oneDNN")
 
 
-def random_linear(in_features, out_features, largest=127, seed=0, input_scale=0.05, input_zero_point=110):
+def random_linear(in_features, out_features, largest=127, seed=0, input_scale=0.05, input_zero_point=110, smooth=False):
     generator = torch.Generator().manual_seed(seed)
     linear = QuantizedLinear(in_features, out_features)
     linear.weight.copy_(torch.randint(-largest, largest + 1, linear.weight.shape, generator=generator))
@@ -42,6 +42,8 @@ def random_linear(in_features, out_features, largest=127, seed=0, input_scale=0.
     linear.bias.copy_(torch.randn(out_features, generator=generator))
     linear.input_scale.fill_(input_scale)
     linear.input_zero_point.fill_(input_zero_point)
+    if smooth:
+        linear.smoothing.copy_(torch.rand(in_features, generator=generator) + 0.5)
     return linear
 
 
@@ -64,11 +66,11 @@ def int8_model(family="bert", significance="learned", **sizes):
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 5), st.integers(0, 255), st.integers(0, 2**31))
 @settings(max_examples=60, deadline=None)
 def test_a_linear_layer_sums_exact_integer_products(in_features, out_features, tokens, zero_point, seed):
-    linear = random_linear(in_features, out_features, seed=seed, input_zero_point=zero_point)
+    linear = random_linear(in_features, out_features, seed=seed, input_zero_point=zero_point, smooth=seed % 2)
     hidden_states = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(seed)) * 8
     quantized = linear.quantize(hidden_states)
     assert quantized.dtype == torch.uint8
-    steps = hidden_states.double() / linear.input_scale.double() + zero_point
+    steps = hidden_states.double() / (linear.smoothing * linear.input_scale).double() + zero_point
     inside = (steps > 0) & (steps < 255)
     assert ((quantized.double() - steps).abs()[inside] <= 0.5001).all()
     assert (quantized[steps <= 0] == 0).all() and (quantized[steps >= 255] == 255).all()
@@ -81,7 +83,7 @@ def test_a_linear_layer_sums_exact_integer_products(in_features, out_features, t
 def test_onednn_computes_what_the_float_kernel_does(in_features, out_features, tokens, zero_point, seed):
     # Weights of seven bits saturate on no processor.
     layers = [random_linear(in_features, out_features, 63, seed + i, input_zero_point=zero_point) for i in range(2)]
-    following = random_linear(out_features, 3, 63, input_scale=0.1, input_zero_point=20)
+    following = random_linear(out_features, 3, 63, input_scale=0.1, input_zero_point=20, smooth=seed % 2)
     generator = torch.Generator().manual_seed(seed)
     quantized = torch.randint(0, 256, (1, tokens, in_features), generator=generator, dtype=torch.uint8)
     fast, slow = OneDNNKernel(layers), FloatKernel(layers)
@@ -91,7 +93,7 @@ def test_onednn_computes_what_the_float_kernel_does(in_features, out_features, t
     assert fast(quantized, torch.bfloat16).dtype == slow(quantized, torch.bfloat16).dtype == torch.bfloat16
     fast, slow = OneDNNKernel(layers[:1]), FloatKernel(layers[:1])
     quantized_gelu = fast.gelu_for(quantized, OneDNNKernel([following]))
-    steps = F.gelu(integer_twin(layers[0], quantized)) / following.input_scale.double() + 20
+    steps = F.gelu(integer_twin(layers[0], quantized)) / (following.smoothing * following.input_scale).double() + 20
     for found in (quantized_gelu, slow.gelu_for(quantized, FloatKernel([following]))):
         assert found.dtype == torch.uint8
         assert (found.double() - steps.clamp(0, 255)).abs().max() <= 0.501
@@ -99,7 +101,11 @@ def test_onednn_computes_what_the_float_kernel_does(in_features, out_features, t
 
 def test_layers_that_read_one_input_must_quantise_it_alike():
     layers = [random_linear(4, 4), random_linear(4, 4, input_scale=0.06)]
-    with pytest.raises(ValueError, match="quantise it with these scales and zero points"):
+    with pytest.raises(ValueError, match="theirs differ in input_scale"):
+        FloatKernel(layers)
+    layers = [random_linear(4, 4), random_linear(4, 4)]
+    layers[1].smoothing[2] = 2
+    with pytest.raises(ValueError, match="theirs differ in smoothing"):
         FloatKernel(layers)
 
 
@@ -138,7 +144,7 @@ def test_int8_stays_close_to_the_float_model(family, significance):
     model, quantized = int8_model(family, significance)
     input_ids, mask = right_padded(model.config, [20, 30], seed=5)
     exact, found = model(input_ids, mask).start_logits, quantized(input_ids, mask).start_logits
-    assert (found - exact)[mask.bool()].abs().mean() < 0.15 * exact[mask.bool()].std()
+    assert (found - exact)[mask.bool()].abs().mean() < 0.25 * exact[mask.bool()].std()
 
 
 def test_mean_output_is_corrected_for_rounded_weights():
@@ -159,7 +165,7 @@ def test_mean_output_is_corrected_for_rounded_weights():
 
 
 def test_clipping():
-    inputs = Inputs()
+    inputs = Values()
     values = torch.randn(2000, 10, generator=torch.Generator().manual_seed(0))
     values[0, 0], values[1, 0] = 50.0, -1.0
     inputs.see(values)
