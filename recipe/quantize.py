@@ -118,7 +118,7 @@ def smoothings(model, features, migration):
     return found
 
 
-def quantize(model, rows, clipping="mse", migration=0.5, correct_bias=True):
+def quantize(model, rows, clipping="mse", migration=0.8, correct_bias=True):
     """The int8 model of a float one, whose presets it has without their scores.
 
     Args:
