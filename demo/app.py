@@ -21,16 +21,18 @@ CONTEXT = (
     "loads)."
 )
 WINDOW = 384  # tokens of the pipeline's windows
-# White on Gradio's own orange is hard to read; system fonts need no download.
+# White on Gradio's own orange is hard to read.
 THEME = gr.themes.Default(primary_hue="indigo", font=("system-ui", "sans-serif"))
 # Pale at half opacity is still readable: a contrast of 3, what WCAG asks of graphics.
 STYLE = """
 [role=alert] { color: var(--error-text-color); font-weight: 600; }
 .shown { overflow-wrap: anywhere; }
 .passage { line-height: 1.6; white-space: pre-wrap; }
-.shown mark { background: #fde68a; color: #111827; }
+.shown mark { background: #fde68a; }
+.shown mark, .shown mark .dropped { color: #111827; }
 .dropped { opacity: 0.5; }
 """
+LOOK = {"theme": THEME, "css": STYLE, "footer_links": []}  # of [`gradio.Blocks.launch`]
 # Gradio names every radio apart. Of one name they are a group: one stop of Tab, its choice moved by the arrow keys.
 GROUP_RADIOS = """() => document.querySelectorAll("fieldset").forEach(
     (group) => group.querySelectorAll("input[type=radio]").forEach((radio) => { radio.name = group.id; })
@@ -102,7 +104,7 @@ class Page:
         # The score of an answer that several windows found is their sum.
         confidence = min(answer["score"], 1.0)
         place = answer["start"], answer["end"]
-        length = len(self.tokenizer(question, context)["input_ids"])
+        length = len(self.tokenizer(question, context, verbose=False)["input_ids"])
         if length <= WINDOW:
             layers = layers_html(
                 context, place, *surviving_tokens(self.model, self.tokenizer, question, context, preset)
@@ -150,7 +152,7 @@ class Page:
 
 
 def main():
-    Page().build().launch(theme=THEME, css=STYLE, footer_links=[])
+    Page().build().launch(**LOOK)
 
 
 if __name__ == "__main__":

@@ -1,21 +1,15 @@
 """The page of `make demo`, as people meet it: the shipped model behind it, a real Chromium in front."""
 
-import os
 import re
 import shutil
-import socket
-import subprocess
 import sys
-import time
 
 import pytest
-
-from conftest import ROOT
 
 pytest.importorskip("gradio", reason="the demo runs in .venv, which make test sets up")
 from playwright.sync_api import expect, sync_playwright
 
-from demo.app import WINDOW, Page, layers_html, passage_html
+from demo.app import LOOK, WINDOW, Page, layers_html, passage_html
 from recipe.survivors import surviving_tokens
 
 CHROMIUM = shutil.which("chromium")
@@ -24,18 +18,6 @@ FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-ba
     --disable-component-update --disable-sync""".split()
 TIMEOUT = 120  # seconds: a test that passes waits a small part of it, unless the machine is busy
 QUESTION, CONTEXT = "Where do I live?", "My name is Wolfgang and I live in Berlin."
-
-# Runs the app and prints every host that it looks up or connects to.
-WATCHED_APP = """
-import runpy, sys
-def watch(event, arguments):
-    if event == "socket.getaddrinfo":
-        print("host", arguments[0], flush=True)
-    elif event == "socket.connect" and isinstance(arguments[1], tuple):
-        print("host", arguments[1][0], flush=True)
-sys.addaudithook(watch)
-runpy.run_module("demo.app", run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -84,40 +66,32 @@ def test_what_cannot_be_answered_gets_a_message(shown, question, context, messag
 
 
 def test_a_long_passage_is_answered_without_the_layers(shown):
-    context = f"{CONTEXT} " * 60
-    length = len(shown.tokenizer(QUESTION, context)["input_ids"])
+    sky = "The sky is blue. "
+    context = sky * 60 + CONTEXT + " " + sky * 40
+    length = len(shown.tokenizer(QUESTION, context, verbose=False)["input_ids"])
     alert, html = shown.compare(QUESTION, context, "full")
     assert alert == "" and texts("<mark>(.*?)</mark>", html) == ["Berlin"]
     assert "<h3>" not in html and f"Question and passage are {length} tokens" in html
-    # Its score, the sum over the windows, is above 1.
+    # Two windows find it: its score is their sum.
     assert shown.pipeline(question=QUESTION, context=context)["score"] > 1 and "confidence 100%" in html
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The address of a running page, and the file that its process writes to."""
-    log = tmp_path_factory.mktemp("demo") / "log"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "GRADIO_"))}
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-c", WATCHED_APP],
-            cwd=ROOT,
-            env=environment | {"GRADIO_SERVER_PORT": str(port)},
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        deadline = time.monotonic() + TIMEOUT
-        while "Running on local URL" not in log.read_text():
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}", log
-    finally:
-        process.kill()
-        process.wait()
+def server(shown):
+    """The address of the running page, and the hosts that this process looks up or connects to."""
+    hosts = set()
+
+    def watch(event, arguments):
+        if event == "socket.getaddrinfo":
+            hosts.add(arguments[0])
+        elif event == "socket.connect" and isinstance(arguments[1], tuple):
+            hosts.add(arguments[1][0])
+
+    sys.addaudithook(watch)
+    blocks = shown.build()
+    _, address, _ = blocks.launch(**LOOK, prevent_thread_lock=True, quiet=True)
+    yield address, hosts
+    blocks.close()
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +154,11 @@ def test_another_preset_draws_another_picture(page, shown):
     assert float(page.locator("#second-answer .dropped").first.evaluate(color)) < 1
 
 
-def test_an_empty_question_gets_a_message_and_no_trace(page, server):
+def test_an_empty_question_gets_a_message_and_no_trace(page, capfd):
     ask(page, "", CONTEXT)
     expect(page.get_by_role("alert")).to_have_text("Type a question first.")
     expect(page.locator("mark")).to_have_count(0)
-    assert "Traceback" not in page.content() and "Traceback" not in server[1].read_text()
+    assert "Traceback" not in page.content() and "Traceback" not in "".join(capfd.readouterr())
     ask(page, QUESTION, CONTEXT)
     expect(page.locator("#first-answer h2")).to_have_text("Berlin")
     expect(page.get_by_role("alert")).to_have_count(0)
@@ -238,7 +212,6 @@ def test_html_in_a_passage_is_text(page):
 
 
 def test_nothing_leaves_the_machine(page, server):
-    address, log = server
+    address, hosts = server
     assert page.requests and all(url.startswith((address, "data:", "blob:")) for url in page.requests)
-    hosts = set(re.findall(r"^host (.*)$", log.read_text(), re.MULTILINE))
-    assert hosts <= {"127.0.0.1", "localhost"} and hosts
+    assert hosts and hosts <= {"127.0.0.1", "localhost"}
