@@ -33,10 +33,11 @@ STYLE = """
 .dropped { opacity: 0.5; }
 """
 LOOK = {"theme": THEME, "css": STYLE, "footer_links": []}  # of [`gradio.Blocks.launch`]
-# Gradio names every radio apart. Of one name they are a group: one stop of Tab, its choice moved by the arrow keys.
-GROUP_RADIOS = """() => document.querySelectorAll("fieldset").forEach(
-    (group) => group.querySelectorAll("input[type=radio]").forEach((radio) => { radio.name = group.id; })
-)"""
+# Gradio names every radio apart, anew at each choice. Of one name they are a group: one stop of Tab, and the arrow keys
+# move its choice. Given at each key, before the browser acts on it.
+GROUP_RADIOS = """() => document.addEventListener("keydown", () => {
+    for (const radio of document.querySelectorAll("[type=radio]")) radio.name = radio.closest("fieldset").id;
+}, true)"""
 
 
 def passage_html(context, answer, dropped=frozenset()):
