@@ -8,14 +8,17 @@ override export CONTEXT := $(value CONTEXT)
 PYTHON ?= python3
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: answer setup test lint report check-report
+.PHONY: answer demo setup test lint report check-report
 
 answer: .venv/.runtime-installed
 	@.venv/bin/python -m recipe.answer
 
+demo: .venv/.demo-installed
+	.venv/bin/python -m demo.app
+
 setup: .venv/.tests-installed
 
-test: .venv/.tests-installed .venv-4/.tests-installed
+test: .venv/.tests-installed .venv-4/.tests-installed /usr/bin/chromium
 	.venv/bin/python -m pytest
 	.venv-4/bin/python -m pytest
 	@$(MAKE) --no-print-directory check-report
@@ -35,7 +38,11 @@ lint: .venv/.tests-installed
 	@.venv/$(PIP_INSTALL) -r requirements.txt >&2
 	@touch $@
 
-.venv/.tests-installed: .venv/.runtime-installed requirements-tests.txt requirements-recipe.txt
+.venv/.demo-installed: .venv/.runtime-installed requirements-demo.txt requirements-recipe.txt
+	.venv/$(PIP_INSTALL) -r requirements-demo.txt
+	touch $@
+
+.venv/.tests-installed: .venv/.demo-installed requirements-tests.txt
 	.venv/$(PIP_INSTALL) -r requirements-tests.txt
 	touch $@
 
@@ -43,3 +50,7 @@ lint: .venv/.tests-installed
 	$(PYTHON) -m venv .venv-4
 	.venv-4/$(PIP_INSTALL) -r requirements-4.txt -r requirements-tests.txt -r requirements-export.txt
 	touch $@
+
+# The demo's tests drive it; where it cannot be installed, they are skipped.
+/usr/bin/chromium:
+	-if [ "$$(id -u)" = 0 ] && command -v apt-get; then apt-get update -qq && apt-get install -y -qq chromium; fi
