@@ -26,7 +26,7 @@ from transformers import (
 )
 
 import convert_checkpoint
-from conftest import ROOT, right_padded, run, trains
+from conftest import ROOT, right_padded, run, tiny_folder, trains
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.quantization_qualaminilm import QuantizedLinear
 from recipe.data import load_tokenizer
@@ -474,11 +474,25 @@ def test_int8_checkpoints_become_int8(int8_twin, city_file, tmp_path):
 
 
 @trains
-def test_converted_weights_go_through_the_recipe(bert_folder, city_file, tmp_path):
-    convert(bert_folder, tmp_path / "out")
-    adapted, int8 = tmp_path / "adapted", tmp_path / "int8"
+def test_converted_weights_go_through_the_recipe(city_file, tmp_path):
+    tiny = QuaLAMiniLMForQuestionAnswering.from_pretrained(tiny_folder(tmp_path / "tiny"))
+    sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    fields = {name: getattr(tiny.config, name) for name in (*sizes, "max_position_embeddings")}
+    source = BertForQuestionAnswering(BertConfig(**fields))
+    source.load_state_dict(tiny.state_dict())
+    source.save_pretrained(tmp_path / "source")
+    save_tokenizer("bert", tmp_path / "source")
+    out, adapted, int8 = tmp_path / "out", tmp_path / "adapted", tmp_path / "int8"
+    convert(tmp_path / "source", out)
+    files = {"study": "study.sqlite3", "output": "found.json", "plot": "found.png"}
+    settings = [each for name, file in files.items() for each in (f"--{name}", tmp_path / file)]
+    settings += "--seed 3 --candidates 24 --population 6 --subset 6 --survivors 5 --max_loss 100".split()
+    run("recipe.search", "--model", out, "--data", city_file, *settings, "--length_drop_ratio_bound", 0.9)
+    presets = QuaLAMiniLMForQuestionAnswering.from_pretrained(out).length_presets
+    assert len(presets) == 5
     steps = ["--max_steps", 2, "--bf16", "False"]
-    run("recipe.adapt", "--model", tmp_path / "out", "--train", city_file, *steps, "--output_dir", adapted)
+    run("recipe.adapt", "--model", out, "--train", city_file, *steps, "--output_dir", adapted)
     run("recipe.quantize", "--model", adapted, "--data", city_file, "--max_length", 64, "--output_dir", int8)
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(int8)
     assert model.config.int8_storage and model.config.num_hidden_layers == 2 and model.config.hidden_size == 16
+    assert model.length_presets == presets
