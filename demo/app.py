@@ -31,6 +31,7 @@ STYLE = """
 .shown mark { background: #fde68a; }
 .shown mark, .shown mark .dropped { color: #111827; }
 .dropped { opacity: 0.5; }
+:focus-visible { outline: 2px solid currentColor !important; outline-offset: 2px; }
 """
 LOOK = {"theme": THEME, "css": STYLE, "footer_links": []}  # of [`gradio.Blocks.launch`]
 # Gradio names every radio apart, anew at each choice. Of one name they are a group: one stop of Tab, and the arrow keys

@@ -169,6 +169,7 @@ def tab_to(page, target):
     for _ in range(12):
         page.keyboard.press("Tab")
         if target.evaluate("node => node === document.activeElement"):
+            assert target.evaluate("node => getComputedStyle(node).outlineStyle") == "solid"  # it shows
             return
     raise AssertionError(f"Tab does not reach {target}")
 
