@@ -53,4 +53,4 @@ lint: .venv/.tests-installed
 
 # The demo's tests drive it; where it cannot be installed, they are skipped.
 /usr/bin/chromium:
-	-if [ "$$(id -u)" = 0 ] && command -v apt-get; then apt-get update -qq && apt-get install -y -qq chromium; fi
+	-if [ "$$(id -u)" = 0 ] && command -v apt-get; then apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; fi
