@@ -118,22 +118,18 @@ def speed_cells(measured, paper=None):
 
 
 def peers_table(folder):
-    """Speed, size and memory of this model's presets and of what else runs the same weights."""
+    """Speed and size of this model's presets and of what else runs the same weights."""
     benchmark, rows = read_results(folder, "benchmark"), []
     batches = benchmark["batch_sizes"]
     for name, measured in benchmark["rows"].items():
         cells = [name, f"{measured['size_mb']:.1f}"]
         for key in [*(f"batch_{batch}" for batch in batches), "pipeline"]:
             cells.append(f"{measured[key + '_ms']:.1f} ({measured[key + '_speedup']:.1f}x)")
-        for key, form in (
-            ("batch_32_times_floor", ".1f"),
-            ("seconds_to_first_answer", ".2f"),
-            ("peak_resident_mb", ".0f"),
-        ):
+        for key, form in (("batch_32_times_floor", ".1f"), ("seconds_to_first_answer", ".2f")):
             cells.append(format(measured[key], form) if key in measured else "")
         rows.append(cells)
     header = ["what runs", "MB", *(f"batch {batch}" for batch in batches), "a question through the pipeline"]
-    return markdown_table([*header, "times the floor, batch 32", "s to first answer", "peak MB"], rows)
+    return markdown_table([*header, "times the floor, batch 32", "s to first answer"], rows)
 
 
 TABLES = {"presets": presets_table, "paper": paper_table, "peers": peers_table}
