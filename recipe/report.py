@@ -128,7 +128,7 @@ def peers_table(folder):
         for key, form in (("batch_32_times_floor", ".1f"), ("seconds_to_first_answer", ".2f")):
             cells.append(format(measured[key], form) if key in measured else "")
         rows.append(cells)
-    header = ["what runs", "MB", *(f"batch {batch}" for batch in batches), "a question through the pipeline"]
+    header = ["what runs (speed-up)", "MB", *(f"ms, batch {batch}" for batch in batches), "ms a question, pipeline"]
     return markdown_table([*header, "times the floor, batch 32", "s to first answer"], rows)
 
 
@@ -237,6 +237,8 @@ def main():
         rendered = render(text, arguments.folder)
     except ValueError as error:
         sys.exit(str(error))
+    if re.search("^<!-- =", text, re.MULTILINE):
+        sys.exit("README.md has a line that begins with a figure's marker: Markdown would end the paragraph there")
     figures = unmeasured_figures(rendered)
     if figures:
         sys.exit(f"README.md has figures of no results file, outside all markers: {', '.join(map(repr, figures))}")

@@ -158,6 +158,13 @@ def test_figures_of_no_file_fail_the_check(folder, figure):
     assert done.returncode == 1 and "figures of no results file" in done.stderr
 
 
+def test_a_marker_at_a_line_s_beginning_fails_the_check(folder):
+    path = folder / "README.md"
+    path.write_text(path.read_text().replace("It takes <!-- =", "It takes\n<!-- ="))
+    done = report(folder)
+    assert done.returncode == 1 and "a line that begins with a figure's marker" in done.stderr
+
+
 def test_what_is_no_figure_passes():
     prose = "In 2022, layers of 384 and `12 ms`, version 4.57, 1,487 questions, 16x16 or v1.1.\n```\n5 % 3 ms\n```\n"
     assert unmeasured_figures(FRONT + prose) == []
