@@ -36,7 +36,8 @@ needs_built_in = pytest.mark.skipif(TRANSFORMERS_5, reason="transformers 5 remov
 
 @pytest.fixture(scope="module")
 def shipped():
-    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval()
+    """The shipped model in fp32, whose scores batches and windows do not change."""
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval().dequantize()
     return SimpleNamespace(model=model, tokenizer=AutoTokenizer.from_pretrained(ROOT, config=model.config))
 
 
@@ -328,6 +329,15 @@ def test_batches_do_not_change_answers(qa):
                 length_config=length_config,
             )
             assert_same(together, alone)
+
+
+def test_batches_do_not_change_int8_answers(shipped):
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval()
+    qa = QuestionAnsweringPipeline(model=model, tokenizer=shipped.tokenizer)
+    contexts = [CONTEXT, CONTEXT * 30, "Berlin", CONTEXT * 3] * 2
+    alone = [qa(question=QUESTION, context=context)["answer"] for context in contexts]
+    together = qa(question=[QUESTION] * len(contexts), context=contexts, batch_size=3)
+    assert [answer["answer"] for answer in together] == alone
 
 
 def test_length_config_at_construction_and_at_the_call(shipped):
