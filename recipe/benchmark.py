@@ -49,7 +49,7 @@ from recipe.peers import (
     transformers_twin,
 )
 from recipe.quantize import quantize
-from recipe.results import describe_run, write_json
+from recipe.results import describe_run, save_figure, write_json
 
 BASELINE = "BERT-base, transformers, fp32"
 LENGTH = 384
@@ -215,7 +215,7 @@ def draw_curves(curves, path):
         axes.plot(curve["tokens"], curve["fit"], color=points[0].get_color(), linewidth=1)
     axes.set(xlabel="tokens", ylabel="milliseconds, batch 1", xlim=(0, None), ylim=(0, None))
     axes.legend()
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
 
 
 def cheapest(config):

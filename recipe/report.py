@@ -8,7 +8,6 @@ how many decimals (2, if not said). Everywhere else a number with a unit of what
 import argparse
 import difflib
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard
 
 from qualaminilm.configuration_qualaminilm import PRESETS_FILE, write_beside_then_rename
 from recipe.evaluate import ROOT
+from recipe.results import save_figure
 
 BLOCK = re.compile(r"(<!-- report: (\S+) -->\n)(.*?)(<!-- /report -->)", re.DOTALL)
 FIGURE = re.compile(r"(<!-- =([\w-]+)\.([\w.-]+?)(:\S+)? -->)(.*?)(<!-- / -->)", re.DOTALL)
@@ -52,17 +52,16 @@ def lost(scores, full):
 def presets_table(folder):
     """The presets: the search's validation scores, and test scores in fp32 and int8."""
     presets, searched = read_presets(folder), read_results(folder, "search")["presets"]
-    full_on = {"validation": searched["full"], "test": read_results(folder, "test-full")}
+    full_on_test = read_results(folder, "test-full")
     rows = []
     for name, preset in presets.items():
         lengths = ", ".join(map(str, preset["lengths_at_384"])) if name != "full" else "all"
         cells = [f'`"{name}"`', lengths, f"{preset['macs_share']:.2f}"]
-        for split, scores in (
-            ("validation", searched.get(name)),
-            ("test", read_results(folder, f"test-{name}")),
-            ("test", read_results(folder, f"test-int8-{name}")),
+        for scores, full in (
+            (searched.get(name), searched["full"]),
+            (read_results(folder, f"test-{name}"), full_on_test),
+            (read_results(folder, f"test-int8-{name}"), full_on_test),
         ):
-            full = full_on[split]
             if scores is None:
                 cells += ["not measured", "", ""]
             else:
@@ -191,9 +190,7 @@ def draw_f1_against_latency(folder, path):
     axes.xaxis.set_minor_formatter("")
     axes.set_xlim(fastest / 1.3, max(row["batch_1_ms"] for row in measured.values()) * 1.3)
     axes.legend(loc="lower right", fontsize=8, title="lines: latency of peers, F1 not measured", title_fontsize=8)
-    unfinished = path.with_name(path.name + ".unfinished")
-    figure.savefig(unfinished, format="png", dpi=150)
-    os.replace(unfinished, path)
+    save_figure(figure, path, dpi=150)
     plt.close(figure)
 
 

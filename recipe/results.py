@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -32,6 +33,16 @@ def write_json(path, content):
     """Writes indented JSON beside `path`, then renames it into place."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     write_beside_then_rename(Path(path), json.dumps(content, indent=2) + "\n")
+
+
+def save_figure(figure, path, **options):
+    """Saves a matplotlib figure beside `path`, in the format of its suffix (PNG if it has none), then renames it into
+    place. `options` are of `savefig`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    figure.savefig(unfinished, format=path.suffix[1:] or "png", **options)
+    os.replace(unfinished, path)
 
 
 @contextmanager

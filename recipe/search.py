@@ -8,7 +8,6 @@ search that was stopped goes on, and to the same front, when the same command is
 import argparse
 import itertools
 import math
-import os
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from recipe.adapt import drop_ratio_bounds
 from recipe.data import file_sha256, identities, load_tokenizer, read_questions, refuse_test_sets
 from recipe.evaluate import ROOT, answer_all, score
 from recipe.presets import describe_preset, describe_scores
-from recipe.results import describe_run, write_json
+from recipe.results import describe_run, save_figure, write_json
 
 # From the dearest to the cheapest; "full" comes before them.
 PRESET_NAMES = ("accurate", "balanced", "fast", "fastest")
@@ -195,11 +194,7 @@ def plot(path, report):
     axes.set_ylabel("F1 against the full model's (%)")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    figure.savefig(unfinished, format="png")
-    os.replace(unfinished, path)
+    save_figure(figure, path)
 
 
 def search(candidates, measure, full, arguments):

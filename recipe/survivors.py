@@ -14,6 +14,7 @@ from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe.data import load_tokenizer
 from recipe.evaluate import ROOT, parse_length_config
+from recipe.results import save_figure
 
 COLUMNS = 100
 KEPT, DROPPED, ANSWER = "black", "0.82", "tab:red"
@@ -77,7 +78,7 @@ def draw_survivors(context, spans, layers, answer, path):
                 color=color,
                 va="baseline",
             )
-    figure.savefig(path, dpi=150)
+    save_figure(figure, path, dpi=150)
     plt.close(figure)
 
 
