@@ -7,6 +7,7 @@ Inside the encoder the tokens that are still on their way stand in *slots*: a (b
 tokens in ascending order of position, rows with fewer tokens ending in dead slots.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Optional
 
@@ -21,6 +22,9 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_qualaminilm import QuaLAMiniLMConfig
 from .quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear, attention_dtype
+
+
+CACHED_TOKENS = 8 * 384  # on a CPU a longer batch takes longer than its parts: what a layer makes of it leaves the cache
 
 
 @dataclass
@@ -115,18 +119,15 @@ class QuaLAMiniLMSelfAttention(nn.Module):
         self.value = linear(config, config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, query_states, hidden_states, asking, alive, with_map):
-        """Attention of `query_states` (batch, queries, hidden) over `hidden_states` (batch, keys, hidden).
-
-        Of the queries those matter that are `asking` (bool (batch, queries), or `None`: all), of the keys those that
-        are `alive` (bool (batch, keys) or `None`).
+    def forward(self, query, key, value, alive, with_map):
+        """Attention of queries (batch, queries, hidden) over keys and values (batch, keys, hidden), as projected, those
+        that are `alive` (bool (batch, keys); `None`: all).
 
         Returns the context (batch, queries, hidden) and, if `with_map`, the probabilities before dropout
         (batch, heads, queries, keys), else `None`.
         """
         query, key, value = (
-            projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
-            for projected in self.project(query_states, hidden_states, asking, alive)
+            projected.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2) for projected in (query, key, value)
         )
         mask = None
         if alive is not None:
@@ -140,6 +141,9 @@ class QuaLAMiniLMSelfAttention(nn.Module):
                     scores = scores + mask
                 probabilities = scores.softmax(-1)
                 context = self.dropout(probabilities) @ value
+        elif isinstance(self.query, QuantizedLinear) and query.dtype == torch.bfloat16:
+            probabilities = None
+            context = bfloat16_attention(query, key, value, mask)
         else:
             probabilities = None
             context = F.scaled_dot_product_attention(
@@ -148,21 +152,47 @@ class QuaLAMiniLMSelfAttention(nn.Module):
         return context.transpose(1, 2).flatten(2), probabilities
 
     def project(self, query_states, hidden_states, asking, alive):
-        """Queries, keys and values, (batch, queries or keys, hidden)."""
+        """Queries of `query_states` (batch, queries, hidden), those that are `asking` (bool (batch, queries); `None`:
+        all), and keys and values of `hidden_states` (batch, keys, hidden), those that are `alive`."""
         if self.training:  # on dead slots too: oneDNN builds kernels for each new number of tokens
             asking = alive = None
-        if not isinstance(self.query, QuantizedLinear):
-            keys_and_values = (over_tokens(layer, alive, hidden_states) for layer in (self.key, self.value))
-            return over_tokens(self.query, asking, query_states), *keys_and_values
+        keys_and_values = (over_tokens(layer, alive, hidden_states) for layer in (self.key, self.value))
+        return over_tokens(self.query, asking, query_states), *keys_and_values
 
-        def product(first, *others):
-            kernel = first.kernel(*others)
-            return lambda states: kernel(kernel.quantize(states), attention_dtype())
+    def project_int8(self, hidden_states, alive, *others):
+        """Queries, keys and values of all of `hidden_states` (batch, slots, hidden), and what the linear layers
+        `others` make of it, in one 8-bit product."""
+        layers = self.query, self.key, self.value, *others
+        kernel = self.query.kernel(*layers[1:])
+        projected = over_tokens(lambda states: kernel(kernel.quantize(states), attention_dtype()), alive, hidden_states)
+        return projected.split([layer.out_features for layer in layers], -1)
 
-        if query_states is hidden_states:
-            return over_tokens(product(self.query, self.key, self.value), alive, hidden_states).chunk(3, -1)
-        query = over_tokens(product(self.query), asking, query_states)
-        return query, *over_tokens(product(self.key, self.value), alive, hidden_states).chunk(2, -1)
+
+def bfloat16_attention(query, key, value, mask):
+    """What `scaled_dot_product_attention` computes, on a CPU that multiplies bfloat16, in half of its time.
+
+    Args:
+        query, key, value (bfloat16 `(batch, heads, queries or keys, size)`), mask (bfloat16, added to the scores, or
+            `None`).
+
+    Returns:
+        bfloat16 `(batch, heads, queries, size)`.
+    """
+    # Powers of 2, in place, and no maximum taken off: each would be one more pass over the largest tensor of all.
+    powers = attention_scores(query, key, mask).exp2_()
+    total = powers.sum(-1, keepdim=True)
+    least, greatest = total.aminmax()
+    if 0 < least and greatest < math.inf:
+        return (powers @ value).div_(total)
+    return (attention_scores(query, key, mask) * math.log(2)).softmax(-1) @ value
+
+
+def attention_scores(query, key, mask):
+    """Scores to take powers of 2 of, (batch, heads, queries, keys)."""
+    # Heads side by side, as they come, take bmm a third longer than the copies.
+    query = (query * (query.shape[-1] ** -0.5 / math.log(2))).contiguous()
+    scores = query @ key.contiguous().transpose(-1, -2)
+    return scores if mask is None else scores.add_(mask)
 
 
 def over_tokens(function, alive, *states):
@@ -231,7 +261,7 @@ class QuaLAMiniLMScorer(nn.Module):
         super().__init__()
         features = max(1, config.hidden_size // 12)
         self.sizes = features, self.HEADS * self.HEAD_SIZE, self.HEADS
-        self.dense = nn.Linear(config.hidden_size, sum(self.sizes))
+        self.dense = linear(config, config.hidden_size, sum(self.sizes))
         self.act_fn = nn.GELU()
         channels = features + self.HEADS
         self.neighbourhood = nn.Conv1d(channels, channels, 2 * self.REACH + 1, padding=self.REACH, groups=channels)
@@ -239,7 +269,11 @@ class QuaLAMiniLMScorer(nn.Module):
 
     def forward(self, hidden_states, alive):
         """`alive` (bool `(batch, slots)` or `None`: all): slots that hold a token; the others tell it nothing."""
-        features, matched, gate = self.dense(hidden_states).split(self.sizes, -1)
+        return self.score(self.dense(hidden_states), alive)
+
+    def score(self, projected, alive):
+        """`forward` from what `dense` makes of the hidden states."""
+        features, matched, gate = projected.split(self.sizes, -1)
         matched = F.normalize(matched.unflatten(-1, (self.HEADS, self.HEAD_SIZE)).transpose(1, 2), dim=-1)
         gate = gate.sigmoid()
         if alive is not None:
@@ -249,8 +283,15 @@ class QuaLAMiniLMScorer(nn.Module):
         own = torch.cat((self.act_fn(features), match), -1)
         if alive is not None:
             own = own * alive[..., None]
-        around = self.act_fn(self.neighbourhood(own.transpose(1, 2))).transpose(1, 2)
+        around = self.act_fn(self.convolve(own.transpose(1, 2))).transpose(1, 2)
         return self.out_proj(torch.cat((own, around), -1)).squeeze(-1)
+
+    def convolve(self, own):
+        """`self.neighbourhood` of (batch, channels, slots); in two dimensions oneDNN takes a fifth of the time."""
+        conv = self.neighbourhood
+        return F.conv2d(
+            own[:, :, None], conv.weight[:, :, None], conv.bias, padding=(0, self.REACH), groups=conv.groups
+        ).squeeze(2)
 
 
 class QuaLAMiniLMLayer(GradientCheckpointingLayer):
@@ -275,13 +316,23 @@ class QuaLAMiniLMLayer(GradientCheckpointingLayer):
             handed on; which of these are alive (bool `(batch, k)`), `None` if all; and the attention map or `None`.
         """
         slots, handed_on, residual = None, alive, hidden_states
-        if keep is not None and self.scorer is not None:
-            slots, handed_on = select_slots(self.scorer(hidden_states, alive), alive, keep, self.training)
-            residual = take_slots(hidden_states, slots)
-        by_attention = keep is not None and self.scorer is None
-        context, attention_map = self.attention.self(
-            residual, hidden_states, handed_on, alive, with_map or by_attention
-        )
+        by_score, by_attention = keep is not None and self.scorer is not None, keep is not None and self.scorer is None
+        attention = self.attention.self
+        if isinstance(attention.query, QuantizedLinear):
+            # Queries of tokens that are dropped cost less than a product of their own for the others.
+            beside = (self.scorer.dense,) if by_score else ()
+            query, key, value, *projected = attention.project_int8(hidden_states, alive, *beside)
+            if by_score:
+                scores = self.scorer.score(projected[0].to(hidden_states.dtype), alive)
+                slots, handed_on = select_slots(scores, alive, keep)
+                query, residual = take_slots(query, slots), take_slots(hidden_states, slots)
+        else:
+            if by_score:
+                scores = self.scorer(hidden_states, alive)
+                slots, handed_on = select_slots(scores, alive, keep, self.training)
+                residual = take_slots(hidden_states, slots)
+            query, key, value = attention.project(residual, hidden_states, handed_on, alive)
+        context, attention_map = attention(query, key, value, alive, with_map or by_attention)
         if by_attention:
             slots, handed_on = select_slots(received_attention(attention_map, alive), alive, keep, self.training)
             context, residual = take_slots(context, slots), take_slots(hidden_states, slots)
@@ -340,7 +391,9 @@ def select_slots(significance, alive, keep, training=False):
 
 def take_slots(states, slots):
     """`states` (batch, slots, hidden) at `slots` (int64 (batch, k)): (batch, k, hidden)."""
-    return states.gather(1, slots[..., None].expand(-1, -1, states.shape[-1]))
+    batch, width = states.shape[:2]
+    rows = slots + torch.arange(0, batch * width, width, device=slots.device)[:, None]
+    return F.embedding(rows, states.reshape(batch * width, -1))  # copies whole rows, as gather does not
 
 
 class QuaLAMiniLMEncoder(nn.Module):
@@ -350,42 +403,91 @@ class QuaLAMiniLMEncoder(nn.Module):
 
     def forward(self, hidden_states, real, lengths, with_maps, output_hidden_states, output_kept_tokens):
         batch, length = hidden_states.shape[:2]
+        rows = max(1, CACHED_TOKENS // length)
+        whole = hidden_states.device.type != "cpu" or torch.is_grad_enabled() or with_maps or output_hidden_states
+        if whole or batch <= rows:
+            return self.run(hidden_states, real, lengths, with_maps, output_hidden_states, output_kept_tokens)
+        parts = []
+        for first in range(0, batch, rows):
+            some = slice(first, first + rows)
+            alive = None if real is None or real[some].all() else real[some]
+            parts.append(self.run(hidden_states[some], alive, lengths, False, False, output_kept_tokens))
+        return QuaLAMiniLMModelOutput(
+            last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
+            kept_tokens=tuple(map(stack_kept, zip(*(part.kept_tokens for part in parts))))
+            if output_kept_tokens
+            else None,
+        )
+
+    def run(self, hidden_states, real, lengths, with_maps, output_hidden_states, output_kept_tokens):
+        batch, length = hidden_states.shape[:2]
         counts = [length] * batch if real is None else real.sum(-1).tolist()
         n, alive = counts, real
-        # Position of each slot's token; `None` as long as slot i holds token i. Dead slots stand at `length`, a row of
-        # `restored` that nobody reads.
+        # Position of each slot's token; `None` as long as slot i holds token i. Dead slots stand at `length`.
         positions = None
-        restored = hidden_states
+        left = LeftBehind(batch, length, hidden_states.device)
         all_hidden_states, attentions, kept_tokens = (hidden_states,), (), ()
         for i, layer in enumerate(self.layer):
             keep = [lengths.kept(i, row) for row in n]
             drops = keep != counts
             if drops and positions is None and real is not None and bool((real[:, 1:] > real[:, :-1]).any()):
                 # Neighbours are those that are real: padding between them would keep them apart.
+                left.add(hidden_states)
                 hidden_states, positions, alive = pack(hidden_states, real)
+                left.went_on(positions)
             entering = hidden_states
             hidden_states, slots, handed_on, attention_map = layer(entering, alive, keep if drops else None, with_maps)
             if drops:
                 # What is dropped here is restored with this layer's input.
-                restored = put_back(restored, entering, positions)
+                left.add(entering)
                 positions = slots if positions is None else positions.gather(1, slots)
                 if handed_on is not None:
                     positions = positions.masked_fill(~handed_on, length)
+                left.went_on(positions)
                 counts, alive = keep, handed_on
             if output_hidden_states:
-                all_hidden_states += (put_back(restored, hidden_states, positions),)
+                all_hidden_states += (left.restore(hidden_states),)
             if with_maps:
                 attentions += (attention_map,)
             if output_kept_tokens:
                 kept_tokens += (kept_positions(positions, alive, hidden_states, counts, length),)
         return QuaLAMiniLMModelOutput(
-            last_hidden_state=all_hidden_states[-1]
-            if output_hidden_states
-            else put_back(restored, hidden_states, positions),
+            last_hidden_state=all_hidden_states[-1] if output_hidden_states else left.restore(hidden_states),
             hidden_states=all_hidden_states if output_hidden_states else None,
             attentions=attentions if with_maps else None,
             kept_tokens=kept_tokens if output_kept_tokens else None,
         )
+
+
+class LeftBehind:
+    """The states that tokens had where they were dropped, and where each token's last one stands among them."""
+
+    def __init__(self, batch, length, device):
+        self.states, self.width = [], 0
+        # A column more, for dead slots; they stand at position `length`.
+        self.index = torch.arange(length + 1, device=device).expand(batch, -1)
+
+    def add(self, states):
+        """`states` (batch, slots, hidden), in which some tokens stay behind."""
+        self.states.append(states)
+        self.width += states.shape[1]
+
+    def went_on(self, positions):
+        """The others stand at `positions` (int64 (batch, k)) and are in the slots that come after those added."""
+        slots = torch.arange(self.width, self.width + positions.shape[1], device=positions.device)
+        self.index = self.index.scatter(1, positions, slots.expand_as(positions))
+
+    def restore(self, hidden_states):
+        """All tokens, (batch, length, hidden), those in the last slots with `hidden_states` (batch, k, hidden)."""
+        if not self.states:
+            return hidden_states
+        return take_slots(torch.cat((*self.states, hidden_states), 1), self.index[:, :-1])
+
+
+def stack_kept(parts):
+    """Kept tokens of several parts of a batch, (rows, k) each, as one tensor, padded with -1."""
+    width = max(part.shape[1] for part in parts)
+    return torch.cat([F.pad(part, (0, width - part.shape[1]), value=-1) for part in parts])
 
 
 def pack(hidden_states, real):
@@ -394,17 +496,6 @@ def pack(hidden_states, real):
     positions = real.logical_not().byte().argsort(dim=1, stable=True)
     alive = real.gather(1, positions)
     return take_slots(hidden_states, positions), positions.masked_fill(~alive, real.shape[1]), alive
-
-
-def put_back(restored, hidden_states, positions):
-    """Puts `hidden_states` (batch, slots, hidden) at `positions` (batch, slots) of `restored` (batch, sequence,
-    hidden); slots at position `sequence` are dead."""
-    if positions is None:
-        return hidden_states
-    length, hidden = restored.shape[1:]
-    padded = F.pad(restored, (0, 0, 0, 1))
-    index = positions[..., None].expand(-1, -1, hidden)
-    return padded.scatter(1, index, hidden_states.to(padded.dtype))[:, :length]
 
 
 def kept_positions(positions, alive, hidden_states, counts, length):

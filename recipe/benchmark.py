@@ -8,7 +8,6 @@ of this repository's class with random weights, which are as fast as trained one
 import argparse
 import copy
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -19,9 +18,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-
-# Before torch starts its threads: those that wait for work must not keep a processor from the row whose turn it is.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import datasets
 import matplotlib
@@ -56,6 +52,9 @@ LENGTH = 384
 BATCH_SIZES = (1, 8, 32)
 PAPER_BATCH_SIZES = (1, 32)
 CALIBRATION_WINDOWS = 64
+# Seconds before each turn. Every runtime's threads spin a while after their work is done, as they do by default; they must
+# be asleep before the next row's turn.
+SETTLING = 0.1
 TINYBERT = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
 SIZES = {"BERT-base": TINYBERT | {"num_hidden_layers": 12}, "TinyBERT": TINYBERT, "MiniLM": {}}
 
@@ -228,6 +227,7 @@ def take_turns(rows, repeats):
     seconds = {name: [] for name in rows}
     for turn in range(repeats + 1):
         for name, run in rows.items():
+            time.sleep(SETTLING)
             started = time.perf_counter()
             run()
             if turn:

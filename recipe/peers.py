@@ -59,12 +59,11 @@ def quantize_onnx(path):
 
 
 def onnx_runtime_row(path, threads):
-    """The ONNX graph at `path` in ONNX Runtime, whose threads do not spin between turns."""
+    """The ONNX graph at `path` in ONNX Runtime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda inputs: session.run(None, {name: tensor.numpy() for name, tensor in inputs.items()})
 

@@ -1,7 +1,7 @@
 """Post-training static quantisation: `python -m recipe.quantize --model FOLDER --data FILE ... --output_dir DIR`.
 
 Weights and embeddings become int8, activations 8 bit with scales that follow from what passes through the float model
-on training questions. LayerNorms, scorers and span head stay floats.
+on training questions. LayerNorms, span head and all of a scorer but its first layer stay floats.
 """
 
 import argparse
@@ -133,6 +133,12 @@ def quantize(model, rows, clipping="mse", migration=0.8, correct_bias=True):
     observe(model, rows, lambda name, inputs: features[name].see(inputs))
     smoothing = {} if migration is None else smoothings(model, features, migration)
     observe(model, rows, lambda name, inputs: values[name].see(inputs / smoothing.get(name, 1.0)))
+    for i in range(model.config.num_hidden_layers):
+        # A scorer reads what the queries do, with which it is multiplied.
+        for known in (features, values, smoothing):
+            query = f"bert.encoder.layer.{i}.attention.self.query"
+            if query in known:
+                known[f"bert.encoder.layer.{i}.scorer.dense"] = known[query]
     config = copy.deepcopy(model.config)
     config.int8_storage = INT8_STORAGE
     config.length_presets = without_scores(config, config.length_presets)
@@ -150,6 +156,9 @@ def quantize(model, rows, clipping="mse", migration=0.8, correct_bias=True):
             module.bias.copy_(floats[name].bias.detach())
             if correct_bias:
                 module.bias += (floats[name].weight.detach() - module.dequantized_weight()) @ features[name].mean
+            if name.endswith(".attention.self.key"):
+                # What all keys share changes no softmax, but takes digits of the scores, which may be bfloat16.
+                module.bias -= floats[name].weight.detach() @ features[name].mean + floats[name].bias.detach()
     weights = model.state_dict()
     quantized.load_state_dict({name: weights[name] for name, _ in quantized.named_parameters()}, strict=False)
     return quantized
