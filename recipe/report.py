@@ -124,11 +124,12 @@ def peers_table(folder):
         cells = [name, f"{measured['size_mb']:.1f}"]
         for key in [*(f"batch_{batch}" for batch in batches), "pipeline"]:
             cells.append(f"{measured[key + '_ms']:.1f} ({measured[key + '_speedup']:.1f}x)")
-        for key, form in (("batch_32_times_floor", ".1f"), ("seconds_to_first_answer", ".2f")):
+        facts = ("batch_32_times_floor", ".1f"), ("seconds_to_first_answer", ".2f"), ("peak_resident_mb", ".0f")
+        for key, form in facts:
             cells.append(format(measured[key], form) if key in measured else "")
         rows.append(cells)
     header = ["what runs (speed-up)", "MB", *(f"ms, batch {batch}" for batch in batches), "ms a question, pipeline"]
-    return markdown_table([*header, "times the floor, batch 32", "s to first answer"], rows)
+    return markdown_table([*header, "times the floor, batch 32", "s to first answer", "MB resident"], rows)
 
 
 TABLES = {"presets": presets_table, "paper": paper_table, "peers": peers_table}

@@ -2,6 +2,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForQuestionAnswering, RobertaConfig, RobertaForQuestionAnswering
@@ -9,7 +10,12 @@ from transformers import BertConfig, BertForQuestionAnswering, RobertaConfig, Ro
 from conftest import right_padded, tiny_config
 from qualaminilm import modeling_qualaminilm
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
-from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering, QuaLAMiniLMModel, select_slots
+from qualaminilm.modeling_qualaminilm import (
+    QuaLAMiniLMForQuestionAnswering,
+    QuaLAMiniLMModel,
+    bfloat16_attention,
+    select_slots,
+)
 from tests.brute_force import BruteForce
 
 FAMILIES = ("bert", "roberta")
@@ -121,6 +127,46 @@ def test_training_drops_what_evaluation_does(case):
         torch.testing.assert_close(*(each[name] for each in outputs), atol=1e-4, rtol=1e-4)
     for evaluated, trained in zip(*(each.kept_tokens for each in outputs)):
         assert torch.equal(evaluated, trained)
+
+
+@given(cases, st.integers(1, 30))
+@settings(max_examples=30, deadline=None)
+def test_a_batch_in_parts_is_the_whole_batch(case, tokens):
+    lengths, length_config = case.pop("lengths"), case.pop("length_config")
+    model = tiny_model(**case)
+    inputs = right_padded(model.config, [*lengths, max(lengths), 1], case["seed"])
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        whole = model(*inputs, length_config=length_config, output_kept_tokens=True)
+        patch.setattr(modeling_qualaminilm, "CACHED_TOKENS", tokens)
+        parts = model(*inputs, length_config=length_config, output_kept_tokens=True)
+        without = model(*inputs, length_config=length_config)
+    for name in ("start_logits", "end_logits"):
+        torch.testing.assert_close(parts[name], whole[name], atol=1e-5, rtol=1e-5)
+        assert torch.equal(without[name], parts[name])
+    for of_parts, of_whole in zip(parts.kept_tokens, whole.kept_tokens, strict=True):
+        assert torch.equal(of_parts, of_whole)
+    assert without.kept_tokens is None
+
+
+@pytest.mark.parametrize("size", [1.0, 1e4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_bfloat16_attention_is_torch_s_own(size, masked):
+    """With scores so large that powers of them overflow, too."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 8).bfloat16() for n in (5, 7, 7))
+    query = query * size
+    mask = None
+    if masked:
+        mask = torch.zeros(2, 1, 1, 7, dtype=torch.bfloat16)
+        mask[1, ..., 4:] = torch.finfo(torch.bfloat16).min
+    kept = query.clone(), key.clone(), value.clone()
+    found = bfloat16_attention(query, key, value, mask)
+    assert found.dtype == torch.bfloat16 and found.shape == query.shape
+    assert all(torch.equal(before, after) for before, after in zip(kept, (query, key, value)))
+    floats = (each.float() for each in (query, key, value))
+    expected = F.scaled_dot_product_attention(*floats, attn_mask=None if mask is None else mask.float())
+    # At the larger size one key takes all, and bfloat16 does not always know which of two.
+    torch.testing.assert_close(found.float(), expected, atol=0.03 if size == 1 else 0.5, rtol=0)
 
 
 @given(cases, st.data())

@@ -164,6 +164,20 @@ def test_mean_output_is_corrected_for_rounded_weights():
     assert (uncorrected - expected).abs().max() > 1e-4
 
 
+def test_keys_are_centred_and_attention_is_none_the_less_the_same():
+    model, quantized = int8_model()
+    input_ids, _ = right_padded(model.config, [30] * 8)
+    states = model(input_ids, output_hidden_states=True).hidden_states[0].flatten(0, 1)
+    exact, rounded = (each.bert.encoder.layer[0].attention.self for each in (model, quantized))
+    exact_key, rounded_key = (each.key.to(torch.float32)(states) for each in (exact, rounded))
+    assert exact_key.mean(0).abs().max() > 0.1
+    assert rounded_key.mean(0).abs().max() < 0.02  # what rounding the input leaves
+    torch.testing.assert_close(rounded_key - rounded_key.mean(0), exact_key - exact_key.mean(0), atol=0.1, rtol=0)
+    query = exact.query(states[:5])
+    attention = [(query @ key.T).softmax(-1) for key in (rounded_key, rounded_key + exact_key.mean(0))]
+    torch.testing.assert_close(*attention, atol=1e-5, rtol=0)
+
+
 def test_clipping():
     inputs = Values()
     values = torch.randn(2000, 10, generator=torch.Generator().manual_seed(0))
@@ -206,8 +220,7 @@ def test_dtype_changes_the_floats_and_not_the_storage(tmp_path, dtype):
     for found in (QuaLAMiniLMForQuestionAnswering.from_pretrained(tmp_path, dtype=dtype), cast):
         for name, tensor in found.state_dict().items():
             if name.endswith(("_scale", "_zero_point")) or stored[name].dtype == torch.int8 or "dense.bias" in name:
-                exact = ".scorer." not in name
-                assert not exact or (tensor.dtype == stored[name].dtype and torch.equal(tensor, stored[name]))
+                assert tensor.dtype == stored[name].dtype and torch.equal(tensor, stored[name])
         assert found.qa_outputs.weight.dtype == dtype
         logits = found(input_ids, mask).start_logits
         assert logits.dtype == dtype
