@@ -162,14 +162,15 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             if isinstance(question, list):
                 contexts = [context] * len(question) if isinstance(context, str) else context
                 if not isinstance(contexts, list):
-                    raise ValueError("Arguments can't be understood")
+                    raise ValueError(f"`context` is {context!r}, expected a str or a list of them")
                 if len(question) != len(contexts):
                     raise ValueError("Questions and contexts don't have the same lengths")
                 inputs = self.create_sample(question, contexts)
             elif isinstance(question, str) and isinstance(context, str):
                 inputs = self.create_sample(question, context)
             else:
-                raise ValueError("Arguments can't be understood")
+                name, text = ("context", context) if isinstance(question, str) else ("question", question)
+                raise ValueError(f"`{name}` is {text!r}, expected a str, or lists of them as question and context")
         else:
             raise ValueError(f"Unknown arguments {kwargs}")
         if isinstance(inputs, Dataset) and not isinstance(inputs, IterableDataset):
