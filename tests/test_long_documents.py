@@ -12,9 +12,8 @@ from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 
 QUESTION = "What is the password?"
 PASSWORDS = ["swordfish", "thunder", "marble", "lantern", "orchard"]  # one token each
-WORDS = "the clerk wrote that it had rained again, unhappily reconsidered 1887 (naïve) 東京 שלום e\u0301te\u0301 🧑‍🚀 👍🏽 \x00 \n\n\t".split(
-    " "
-)
+WORDS = "the clerk wrote that it had rained again, unhappily reconsidered 1887 (naïve) 東京 שלום".split()
+WORDS += ["e\u0301te\u0301", "🧑\u200d🚀", "👍🏽", "\x00", "\n\n\t"]
 
 
 class Oracle(QuaLAMiniLMForQuestionAnswering):

@@ -16,6 +16,7 @@ from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.quantization_qualaminilm import FloatKernel, OneDNNKernel
 from tests.test_quantization import int8_model, random_linear
+from tests.test_readme import block
 
 QUESTION = "Where do I live?"
 CONTEXT = "My name is Wolfgang and I live in Berlin. It is nice here, really."
@@ -64,44 +65,38 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from transformers import pipeline
 
-CALL = {"question": "Where do I live?", "context": "My name is Wolfgang and I live in Berlin. " * 20, "batch_size": 2}
+CONTEXT = "My name is Wolfgang and I live in Berlin. " * 20
 
-def ask(qa, length_config):
-    return qa(**CALL, length_config=length_config)
+def answer(question):
+    return ask(qa, question)
 
-def ask_inherited(length_config):
-    return ask(QA, length_config)
+def ask(qa, question):
+    return qa(question=question, context=CONTEXT, length_config="fastest", batch_size=2)["answer"]
 
 if __name__ == "__main__":
     torch.set_num_threads(2)
-    QA = pipeline("question-answering", model=sys.argv[1], trust_remote_code=True, device="cpu")
+    qa = pipeline("question-answering", model=sys.argv[1], trust_remote_code=True, device="cpu")
     if sys.argv[2] == "fp32":
-        QA.model.dequantize()
-    length_configs = ["full", "fastest", "full"]
-    expected = [ask_inherited(each)["answer"] for each in length_configs]  # torch's thread pool has started
-    assert expected == ["Berlin"] * 3, expected
-    fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(2, mp_context=fork, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        assert [each["answer"] for each in pool.map(ask_inherited, length_configs, timeout=200)] == expected
-    print("forked")
+        qa.model.dequantize()
+    questions = ["Where do I live?", "What is my name?"] * 2
+    expected = ["Berlin", "Wolfgang"] * 2
+    assert [answer(question) for question in questions] == expected  # torch's threads have started
     if sys.argv[2] == "int8":
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            found = [pool.submit(ask, QA, each).result(timeout=200) for each in length_configs]
-        assert [each["answer"] for each in found] == expected
-        print("spawned")
+            assert [pool.submit(ask, qa, question).result() for question in questions] == expected
+    exec(open(sys.argv[3]).read())
+    assert answers == expected
 """
 
 
-@pytest.mark.parametrize("weights, expected", [("int8", ["forked", "spawned"]), ("fp32", ["forked"])])
-def test_forked_and_spawned_processes_answer_after_their_parent_has(tmp_path, weights, expected):
+@pytest.mark.parametrize("weights", ["int8", "fp32"])
+def test_forked_and_spawned_processes_answer_after_their_parent_has(tmp_path, weights):
     """As README says: a forked one calls `torch.set_num_threads(1)` first; a spawned one is handed the pipeline."""
-    script = tmp_path / "service.py"
-    script.write_text(SERVICE)
-    ran = subprocess.run(
-        [sys.executable, script, str(ROOT), weights], capture_output=True, text=True, timeout=500, cwd=tmp_path
-    )
+    (tmp_path / "service.py").write_text(SERVICE)
+    (tmp_path / "readme.py").write_text(block("python", "get_context"))
+    command = [sys.executable, "service.py", str(ROOT), weights, "readme.py"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.split() == expected
 
 
 @pytest.mark.parametrize("kind", ["shipped", "tiny", "remote"])
