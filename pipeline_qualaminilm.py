@@ -46,7 +46,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             been read, with tqdm.
 
     A context is tokenised once for all questions that follow each other about it. A long one's windows are made and
-    answered batch by batch: beside its text and tokens, only the logits are held, some 3 kB a window.
+    answered batch by batch: beside its text and tokens, only the logits are held, a few kB a window.
 
     Returns:
         for each question a dict with `score` (`float`), `start`, `end` (`int`, characters of the context) and

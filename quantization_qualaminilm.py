@@ -124,7 +124,6 @@ class QuantizedLinear(Int8Weight):
             hidden_states = self.quantize(hidden_states)
         return self.kernel()(hidden_states)
 
-    @torch.compiler.disable
     def kernel(self, *others):
         """A [`Kernel`] that computes this layer, and `others` beside it, in one product.
 
@@ -202,7 +201,6 @@ class OneDNNKernel(Kernel):
             return super().gelu_for(quantized, following)
         return self._product(quantized, following.input_scale, following.input_zero_point, torch.uint8, "gelu")
 
-    @torch.compiler.disable  # inductor wants packed weights to be constants of its graph
     def _product(self, quantized, output_scale, output_zero_point, dtype, post_op):
         return torch.ops.onednn.qlinear_pointwise(
             quantized,

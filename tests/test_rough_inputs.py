@@ -33,7 +33,7 @@ ALPHABETS = [
 ]
 PIECES = st.one_of([st.lists(alphabet, max_size=12).map("".join) for alphabet in ALPHABETS])
 TEXTS = st.tuples(st.sampled_from(["", " "]), st.lists(PIECES, max_size=8)).map(lambda both: both[0].join(both[1]))
-LONG_TEXTS = st.tuples(TEXTS.filter(len), st.integers(500, 5_000)).map(
+LONG_TEXTS = st.tuples(TEXTS.filter(len), st.integers(500, 1_500)).map(
     lambda both: (both[0] * math.ceil(both[1] / len(both[0])))[: both[1]]
 )
 SURROGATES = st.tuples(TEXTS, st.characters(categories=["Cs"]), TEXTS).map("".join)

@@ -159,7 +159,7 @@ def test_the_shipped_model_answers_cast_and_under_autocast(change):
 
 @pytest.mark.parametrize("weights, backend", [("fp32", "inductor"), ("fp32", "eager"), ("int8", "inductor")])
 def test_a_compiled_model_computes_what_it_did(weights, backend):
-    """Products of int8 weights stay outside the compiled graphs."""
+    """At int8 the encoder stays outside the compiled graphs."""
     if backend == "inductor":
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler
