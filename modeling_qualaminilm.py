@@ -619,10 +619,16 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
         real = real_tokens(attention_mask, hidden_states.shape[:2])
         # "eager" asks for maps computed step by step, as in transformers: on CPU the faster way to train.
         with_maps = output_attentions or self.config._attn_implementation == "eager"
-        outputs = self.encoder(hidden_states, real, lengths, with_maps, output_hidden_states, output_kept_tokens)
+        # Inductor wants packed int8 weights to be constants of its graph, which they are not.
+        encode = self.encode_uncompiled if self.config.int8_storage and torch.compiler.is_compiling() else self.encoder
+        outputs = encode(hidden_states, real, lengths, with_maps, output_hidden_states, output_kept_tokens)
         if not output_attentions:
             outputs["attentions"] = None
         return outputs
+
+    @torch.compiler.disable
+    def encode_uncompiled(self, *inputs):
+        return self.encoder(*inputs)
 
 
 def real_tokens(attention_mask, shape):

@@ -9,17 +9,20 @@ import threading
 import types
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from numbers import Integral
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers.pipelines.base import ChunkPipeline
+from transformers.utils import logging
 
 # Among this many best spans of a window the built-in pipeline merges the scores of spans of one text: widening spans to
 # whole words makes some alike.
 MERGED_SPANS = {True: 12, False: 1}  # by align_to_words
-MAX_TOKENS_PER_CHARACTER = 4  # of a byte-level tokenizer; UTF-8 has no more bytes
+PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
+PROBE = "a"  # what stands for the context where the tokens around it are found
 
 
 class QuestionAnsweringPipeline(ChunkPipeline):
@@ -39,6 +42,11 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         padding (`bool` or `str`, defaults to `"do_not_pad"`): as in tokenizers.
         batch_size (`int`, defaults to 1): windows that pass through the model together.
         length_config: tokens each layer keeps; see `QuaLAMiniLMConfig.token_lengths`.
+        show_progress_bar (`bool`, defaults to `False`, at each call): draw how many characters of the contexts have
+            been read, with tqdm.
+
+    A context is tokenised once for all questions that follow each other about it. A long one's windows are made and
+    answered batch by batch: beside its text and tokens, only the logits are held, a few kB a window.
 
     Returns:
         for each question a dict with `score` (`float`), `start`, `end` (`int`, characters of the context) and
@@ -95,6 +103,8 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             max_question_len=(max_question_len, 1),
             doc_stride=(doc_stride, 0),
         )
+        if padding is not None and padding not in PADDINGS:
+            raise ValueError(f"padding is {padding!r}, expected one of {PADDINGS}")
         if length_config is not None:
             self.model.config.token_lengths(length_config)
         preprocess = {
@@ -120,7 +130,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
                 raise ValueError(f"{name} parameter should be an int >= {least} (got {value!r})")
 
-    def __call__(self, *args, num_workers=None, batch_size=None, **kwargs):
+    def __call__(self, *args, num_workers=None, batch_size=None, show_progress_bar=False, **kwargs):
         """See the class. `num_workers` is accepted as in other pipelines and has no effect: windows are tokenised in
         the calling thread, which takes a small part of the time that the model does."""
         examples, single = self._examples(args, kwargs)
@@ -133,7 +143,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
                 (self._preprocess_params, self._forward_params, self._postprocess_params), call_parameters
             )
         ]
-        answers = self._answers(examples, batch_size, *parameters)
+        answers = self._answers(examples, batch_size, show_progress_bar, *parameters)
         if not isinstance(examples, list):
             return answers
         return next(answers) if single else list(answers)
@@ -152,14 +162,15 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             if isinstance(question, list):
                 contexts = [context] * len(question) if isinstance(context, str) else context
                 if not isinstance(contexts, list):
-                    raise ValueError("Arguments can't be understood")
+                    raise ValueError(f"`context` is {context!r}, expected a str or a list of them")
                 if len(question) != len(contexts):
                     raise ValueError("Questions and contexts don't have the same lengths")
                 inputs = self.create_sample(question, contexts)
             elif isinstance(question, str) and isinstance(context, str):
                 inputs = self.create_sample(question, context)
             else:
-                raise ValueError("Arguments can't be understood")
+                name, text = ("context", context) if isinstance(question, str) else ("question", question)
+                raise ValueError(f"`{name}` is {text!r}, expected a str, or lists of them as question and context")
         else:
             raise ValueError(f"Unknown arguments {kwargs}")
         if isinstance(inputs, Dataset) and not isinstance(inputs, IterableDataset):
@@ -201,81 +212,133 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             raise ValueError("`context` is a list while `question` is one str")
         return [item]
 
-    def _answers(self, examples, batch_size, preprocess, forward, postprocess):
+    def _answers(self, examples, batch_size, show_progress_bar, preprocess, forward, postprocess):
         """Yields each example's answers, in order; windows of neighbouring examples share a batch."""
         waiting, answered = [], []
+        characters = sum(len(example["context"]) for example in examples) if isinstance(examples, list) else None
+        bar = logging.tqdm(
+            total=characters, desc="Answering", unit="character", unit_scale=True, disable=not show_progress_bar
+        )
 
         def run():
             outputs = self.forward(waiting, **forward)
             waiting.clear()
             for output in outputs:
+                bar.update(output["characters"])
                 answered.append(output)
                 if output["is_last"]:
                     yield self.postprocess(answered, **postprocess)
                     answered.clear()
 
-        for example in examples:
-            for window in self.preprocess(example, **preprocess):
-                waiting.append(window)
-                if len(waiting) == batch_size:
-                    yield from run()
-        if waiting:
-            yield from run()
+        context = tokens = None
+        with bar:
+            for example in examples:
+                if context != example["context"]:
+                    context = example["context"]
+                    tokens = self._tokenize(context)
+                for window in self.preprocess(example, **preprocess, tokens=tokens):
+                    waiting.append(window)
+                    if len(waiting) == batch_size:
+                        yield from run()
+            if waiting:
+                yield from run()
 
-    def preprocess(self, example, padding="do_not_pad", doc_stride=None, max_question_len=None, max_seq_len=None):
-        """Yields a dict for each window of the example: its `tokenizers.Encoding` and the range of its context."""
+    def preprocess(
+        self,
+        example,
+        padding="do_not_pad",
+        doc_stride=None,
+        max_question_len=None,
+        max_seq_len=None,
+        tokens=None,
+    ):
+        """Yields a dict for each window of the example, in the context's order: its [`Encoding`], how many characters
+        of the context it stands for, and whether it is the last.
+
+        `tokens` are the context's, where they are known: [`Tokens`].
+        """
         question, context = example["question"], example["context"]
         if max_seq_len is None:
             max_seq_len = min(self.tokenizer.model_max_length, 384)
         if max_question_len is not None:
             question = self._cut(question, max_question_len)
-        with self._tokenizing:
-            encoded = self.tokenizer(
-                question,
-                context,
-                padding=padding,
-                truncation="only_second",
-                max_length=max_seq_len,
-                stride=self._checked_stride(doc_stride, question, context, max_seq_len),
-                return_overflowing_tokens=True,
-            )
-        windows = []
-        for encoding in encoded.encodings:
-            sequence_ids = np.array([-1 if i is None else i for i in encoding.sequence_ids])
-            in_context = np.flatnonzero(sequence_ids == 1)
-            if in_context.size:
-                windows.append({"example": example, "encoding": encoding, "in_context": in_context, "is_last": False})
-        if not windows:
+        if tokens is None:
+            tokens = self._tokenize(context)
+        n = len(tokens.ids)
+        if not n:
             raise ValueError(f"`context` holds no text: {context[:50]!r}")
-        windows[-1]["is_last"] = True
-        yield from windows
+        around = self._encode(question, PROBE)
+        sequence_ids = around.sequence_ids
+        first, length = sequence_ids.index(1), sequence_ids.count(1)
+        ids, type_ids = np.array(around.ids), np.array(around.type_ids)
+        ids_around = ids[:first], ids[first + length :]
+        type_ids_around = type_ids[:first], type_ids[first + length :]
+        room = max_seq_len - len(sequence_ids) + length
+        stride = self._checked_stride(doc_stride, max_seq_len, room, n, sequence_ids.count(0))
+        longest = max_seq_len if padding == "max_length" else min(max_seq_len, max_seq_len - room + n)
+        positions = self.model.config.max_position_embeddings - self.model.config.first_position
+        if longest > positions:
+            raise ValueError(
+                f"`max_seq_len` ({max_seq_len}) allows an input {longest} tokens long, the model has positions for "
+                f"{positions}"
+            )
+        spans = [(start, min(start + room, n)) for start in range(0, max(1, n - stride), room - stride)]
+        if self.tokenizer.truncation_side == "left":
+            spans = [(n - end, n - start) for start, end in spans]
+        for i, span in enumerate(spans):
+            yield {
+                "example": example,
+                "encoding": Encoding(
+                    tokens=tokens,
+                    span=slice(*span),
+                    ids_around=ids_around,
+                    type_ids_around=type_ids_around,
+                    type_id=type_ids[first],
+                    padded_length=max_seq_len if padding == "max_length" else 0,
+                ),
+                "characters": len(context) * (i + 1) // len(spans) - len(context) * i // len(spans),
+                "is_last": i == len(spans) - 1,
+            }
+
+    def _encode(self, *texts):
+        """The `tokenizers.Encoding` of a text, or of two with the special tokens around them."""
+        with self._tokenizing:
+            return self.tokenizer(
+                *texts,
+                add_special_tokens=len(texts) == 2,
+                padding=False,
+                truncation=False,
+                return_token_type_ids=False,
+                return_attention_mask=False,
+                verbose=False,  # else it warns of texts longer than a window
+            ).encodings[0]
+
+    def _tokenize(self, text):
+        encoding = self._encode(text)
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        words = np.array([-1 if word is None else word for word in encoding.word_ids], dtype=np.int64)
+        return Tokens(np.array(encoding.ids, dtype=np.int64), words, offsets[:, 0], offsets[:, 1])
 
     def _cut(self, question, max_question_len):
-        with self._tokenizing:
-            encoded = self.tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
+        offsets = self._encode(question).offsets
         return question if len(offsets) <= max_question_len else question[: offsets[max_question_len - 1][1]]
 
-    def _checked_stride(self, doc_stride, question, context, max_seq_len):
-        """A stride that the tokenizer takes: it panics at one as large as what the question leaves of the window."""
+    @staticmethod
+    def _checked_stride(doc_stride, max_seq_len, room, context_length, question_length):
+        """Tokens that neighbouring windows share, if `room` of a context's tokens fit in each."""
         stride = min(max_seq_len // 2, 128) if doc_stride is None else doc_stride
         if stride > max_seq_len:
             raise ValueError(f"`doc_stride` ({stride}) is larger than `max_seq_len` ({max_seq_len})")
-        special = self.tokenizer.num_special_tokens_to_add(pair=True)
-        if MAX_TOKENS_PER_CHARACTER * len(question) + special + stride < max_seq_len:
-            return stride
-        length = len(self.tokenizer(question, add_special_tokens=False)["input_ids"])
-        room = max_seq_len - special - length
         if room < 1:
             raise ValueError(
-                f"`question` is {length} tokens long, which leaves no room for the context in `max_seq_len` "
+                f"`question` is {question_length} tokens long, which leaves no room for the context in `max_seq_len` "
                 f"({max_seq_len})"
             )
         if stride < room:
             return stride
         if doc_stride is None:
             return room // 2
-        if len(self.tokenizer(context, add_special_tokens=False)["input_ids"]) <= room:
+        if context_length <= room:
             return 0
         raise ValueError(
             f"`doc_stride` ({stride}) is not smaller than the {room} tokens of context that fit in `max_seq_len` "
@@ -284,21 +347,21 @@ class QuestionAnsweringPipeline(ChunkPipeline):
 
     def _forward(self, windows, length_config=None):
         encodings = [window["encoding"] for window in windows]
-        longest = max(len(encoding) for encoding in encodings)
+        longest = max(max(len(encoding), encoding.padded_length) for encoding in encodings)
         names = self.tokenizer.model_input_names
         inputs = {
             name: torch.full((len(encodings), longest), self.tokenizer.pad_token_id if name == "input_ids" else 0)
             for name in names
         }
-        attributes = {"input_ids": "ids", "token_type_ids": "type_ids", "attention_mask": "attention_mask"}
         for row, encoding in enumerate(encodings):
+            values = encoding.model_inputs()
             for name in names:
-                values = getattr(encoding, attributes[name])
-                inputs[name][row, : len(values)] = torch.tensor(values)
+                inputs[name][row, : len(encoding)] = torch.from_numpy(values[name])
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         outputs = self.model(**inputs, length_config=length_config)
         logits = torch.stack((outputs.start_logits, outputs.end_logits), 1).float().cpu().numpy()
-        return [{**window, "logits": logits[row]} for row, window in enumerate(windows)]
+        # Copied, or each window would hold its whole batch's.
+        return [{**window, "logits": logits[row][:, window["encoding"].scored()]} for row, window in enumerate(windows)]
 
     def postprocess(
         self, model_outputs, top_k=1, handle_impossible_answer=False, max_answer_len=15, align_to_words=True
@@ -332,6 +395,72 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         return answers[0] if len(answers) == 1 else answers
 
 
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """A text's tokens, special ones aside: int64 arrays with an entry a token.
+
+    Attributes:
+        ids: what the model reads.
+        words: the number of the word that a token is part of, -1 for none.
+        starts, ends: the token's characters are `text[start:end]`.
+    """
+
+    ids: np.ndarray
+    words: np.ndarray
+    starts: np.ndarray
+    ends: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Encoding:
+    """One window: some of a context's tokens between the question's and the special ones. `len()` counts them all.
+
+    Attributes:
+        tokens ([`Tokens`]), span (`slice`): the window's are these of the context's.
+        ids_around, type_ids_around: what stands before and after them, two int64 arrays each.
+        type_id (`int`): of the context's tokens.
+        padded_length (`int`): tokens to pad to, where these are fewer.
+    """
+
+    tokens: Tokens
+    span: slice
+    ids_around: tuple
+    type_ids_around: tuple
+    type_id: int
+    padded_length: int
+
+    def __len__(self):
+        return len(self.ids_around[0]) + self.span.stop - self.span.start + len(self.ids_around[1])
+
+    def model_inputs(self):
+        """By name, one int64 array each, (tokens,)."""
+        ids = self.tokens.ids[self.span]
+        return {
+            "input_ids": self._between(self.ids_around, ids),
+            "token_type_ids": self._between(self.type_ids_around, np.full_like(ids, self.type_id)),
+            "attention_mask": np.ones(len(self), dtype=np.int64),
+        }
+
+    @staticmethod
+    def _between(around, array):
+        return np.concatenate((around[0], array, around[1]))
+
+    def scored(self):
+        """Positions of [CLS] and of the context's tokens: int64 (1 + context tokens,)."""
+        first = len(self.ids_around[0])
+        return np.concatenate(([0], np.arange(first, first + self.span.stop - self.span.start)))
+
+    def characters(self, first, last, align_to_words):
+        """Characters of the context from the window's context token `first` to its `last`, (start, end); widened to
+        whole words, as far as they stand in the window, if `align_to_words`."""
+        if align_to_words:
+            words = self.tokens.words[self.span]
+            if words[first] != -1 != words[last]:
+                first = np.flatnonzero(words == words[first])[0]
+                last = np.flatnonzero(words == words[last])[-1]
+        return int(self.tokens.starts[self.span][first]), int(self.tokens.ends[self.span][last])
+
+
 class SpanScores:
     """Probabilities of the answer spans of one window, over its context tokens and, for no answer, [CLS].
 
@@ -342,34 +471,35 @@ class SpanScores:
 
     def __init__(self, output, max_answer_len, align_to_words):
         self.context, self.encoding = output["example"]["context"], output["encoding"]
-        self.in_context, self.align_to_words = output["in_context"], align_to_words
-        logits = output["logits"][:, np.concatenate(([0], self.in_context))]
+        self.align_to_words = align_to_words
+        logits = output["logits"]
         probabilities = np.exp(logits - logits.max(-1, keepdims=True))
         probabilities /= probabilities.sum(-1, keepdims=True)
         self.null_score = float(probabilities[0, 0] * probabilities[1, 0])
-        starts, ends = probabilities[:, 1:]
-        # Row i of `scores` holds the spans that start at context token i; those past the last token do not exist.
-        self.longest = min(max_answer_len, len(ends))
-        reach = np.concatenate((ends, np.full(self.longest - 1, np.nan, ends.dtype)))
-        scores = starts[:, None] * np.lib.stride_tricks.sliding_window_view(reach, self.longest)
-        self.scores = np.nan_to_num(scores, nan=-1.0).ravel()
-        self.size = int((self.scores >= 0).sum())
+        self.starts, self.ends = probabilities[:, 1:]
+        self.longest = min(max_answer_len, len(self.ends))
+        self.size = len(self.ends) * self.longest - self.longest * (self.longest - 1) // 2
 
     def best(self, first, last):
         """Yields the answers from rank `first` to before rank `last`, best first; ties go to the earlier span."""
         last = min(last, self.size)
-        if first >= last:
-            return
-        top = np.argpartition(-self.scores, last - 1)[:last]
-        for flat in top[np.lexsort((top, -self.scores[top]))][first:]:
-            row, further = divmod(int(flat), self.longest)
-            start, end = self._characters(int(self.in_context[row]), int(self.in_context[row + further]))
-            yield {"score": float(self.scores[flat]), "start": start, "end": end, "answer": self.context[start:end]}
+        while first < last:
+            # A long text has many windows, of whose spans few are ever asked for.
+            until = min(last, max(2 * first, 16))
+            for score, start, end in self._ranked(first, until):
+                start, end = self.encoding.characters(start, end, self.align_to_words)
+                yield {"score": score, "start": start, "end": end, "answer": self.context[start:end]}
+            first = until
 
-    def _characters(self, first, last):
-        """Characters of the context from token `first` to token `last`, widened to whole words if asked to."""
-        if self.align_to_words:
-            words = self.encoding.token_to_word(first), self.encoding.token_to_word(last)
-            if None not in words:
-                return self.encoding.word_to_chars(words[0], 1)[0], self.encoding.word_to_chars(words[1], 1)[1]
-        return self.encoding.offsets[first][0], self.encoding.offsets[last][1]
+    def _ranked(self, first, last):
+        """Spans from rank `first` to before rank `last`: a list of score, first and last token."""
+        # Row i holds the spans that start at context token i; those past the last token do not exist.
+        reach = np.concatenate((self.ends, np.full(self.longest - 1, np.nan, self.ends.dtype)))
+        scores = self.starts[:, None] * np.lib.stride_tricks.sliding_window_view(reach, self.longest)
+        scores = np.nan_to_num(scores, nan=-1.0).ravel()
+        top = np.flatnonzero(scores >= np.partition(scores, -last)[-last])
+        top = top[np.argsort(-scores[top], kind="stable")][first:last]
+        return [
+            (float(scores[flat]), flat // self.longest, flat // self.longest + flat % self.longest)
+            for flat in top.tolist()
+        ]

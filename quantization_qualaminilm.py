@@ -131,10 +131,14 @@ class QuantizedLinear(Int8Weight):
             ValueError: these layers quantise their input differently.
         """
         key = tuple(map(id, others))
-        if key not in self._kernels:
+        kernel = self._kernels.get(key)  # once: another thread's `_apply` may empty it
+        if kernel is None:
             linears = [self, *others]
-            self._kernels[key] = (OneDNNKernel if runs_on_onednn(linears) else FloatKernel)(linears)
-        return self._kernels[key]
+            # Made in inference mode, its tensors would be refused outside.
+            with torch.inference_mode(False), torch.no_grad():
+                kernel = (OneDNNKernel if runs_on_onednn(linears) else FloatKernel)(linears)
+            self._kernels[key] = kernel
+        return kernel
 
     def dequantize(self):
         """The `nn.Linear` of the same weights."""
@@ -224,7 +228,8 @@ class FloatKernel(Kernel):
         self.scale = weight_scale * self.input_scale
 
     def __call__(self, quantized, dtype=torch.float32):
-        product = F.linear(quantized.float() - self.input_zero_point, self.weight)
+        with torch.autocast(quantized.device.type, enabled=False):  # which would round the integers
+            product = F.linear(quantized.float() - self.input_zero_point, self.weight)
         return torch.addcmul(self.bias, product, self.scale).to(dtype)
 
 

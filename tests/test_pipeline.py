@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
@@ -119,6 +119,53 @@ def brute_force_answers(qa, question, context, top_k, max_answer_len, max_seq_le
             singles[text] = max(singles.get(text, 0), score)
     scores = singles | merged
     return sorted(scores.items(), key=lambda item: -item[1])[:top_k]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_windows_are_those_that_the_tokenizer_makes(request, family, data):
+    qa = request.getfixturevalue("qa" if family == "bert" else "roberta_qa")
+    pieces = st.sampled_from([*WORDS, "\n", "[SEP]", "</s>", "e\u0301", "\x00", "👩\u200d🚀"]) | st.text(max_size=4)
+    question = data.draw(st.lists(pieces, min_size=1, max_size=4).map(" ".join).filter(len))
+    context = data.draw(st.lists(pieces, min_size=1, max_size=60).map(data.draw(st.sampled_from(["", " "])).join))
+    room = data.draw(st.integers(1, 30))
+    around = len(qa.tokenizer(question, "")["input_ids"])
+    assume(around + room <= 120)  # the RoBERTa's positions
+    stride, side = data.draw(st.integers(0, room - 1)), data.draw(st.sampled_from(["right", "left"]))
+    tokenizer = qa.tokenizer
+    tokenizer.truncation_side = side
+    try:
+        encoded = tokenizer(
+            question,
+            context,
+            truncation="only_second",
+            max_length=around + room,
+            stride=stride,
+            return_overflowing_tokens=True,
+        )
+        expected = [each for each in encoded.encodings if 1 in each.sequence_ids]
+        example = {"question": question, "context": context}
+        if not expected:
+            with pytest.raises(ValueError):
+                list(qa.preprocess(example, max_seq_len=around + room, doc_stride=stride))
+            return
+        found = [window["encoding"] for window in qa.preprocess(example, max_seq_len=around + room, doc_stride=stride)]
+    finally:
+        tokenizer.truncation_side = "right"
+    assert len(found) == len(expected)
+    for mine, theirs in zip(found, expected):
+        inputs = mine.model_inputs()
+        assert inputs["input_ids"].tolist() == theirs.ids
+        assert inputs["token_type_ids"].tolist() == theirs.type_ids
+        assert inputs["attention_mask"].tolist() == theirs.attention_mask
+        tokens = [i for i, sequence in enumerate(theirs.sequence_ids) if sequence == 1]
+        assert mine.scored().tolist() == [0, *tokens]
+        for i, token in enumerate(tokens):
+            assert mine.characters(i, i, align_to_words=False) == theirs.offsets[token]
+            word = theirs.token_to_word(token)
+            if word is not None:
+                assert mine.characters(i, i, align_to_words=True) == theirs.word_to_chars(word, 1)
 
 
 def as_list(answers):
