@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import math
 import os
 import re
 import reprlib
@@ -177,7 +176,7 @@ class QuaLAMiniLMConfig(PretrainedConfig):
             value = getattr(self, name)
             require(name, value, is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
         std, eps, pad = self.initializer_range, self.layer_norm_eps, self.pad_token_id
-        require("initializer_range", std, is_number(std) and 0 <= std < math.inf, "a number >= 0")
+        require("initializer_range", std, is_number(std) and 0 <= std <= 1, "a number in [0, 1]")
         require("layer_norm_eps", eps, is_number(eps) and 0 < eps < 1, "a number in (0, 1)")
         require("hidden_act", self.hidden_act, isinstance(self.hidden_act, str), "an activation's name")
         if pad is not None or self.embedding_type == "roberta":
@@ -203,12 +202,10 @@ class QuaLAMiniLMConfig(PretrainedConfig):
             legal = isinstance(preset, dict) and "length_config" in preset
             require(f"preset {name!r}", preset, legal, "a dict with a 'length_config'")
             self._read_entries(preset["length_config"], f"preset {name!r}")
-            for split in ("validation", "test"):
-                scores = preset.get(split)
-                legal = isinstance(scores, dict) and all(
-                    is_number(each) and 0 <= each <= 100 for each in scores.values()
-                )
-                require(f"{split} of preset {name!r}", scores, scores is None or legal, "a dict of numbers in [0, 100]")
+            validation = preset.get("validation", {})
+            require(f"validation of preset {name!r}", validation, isinstance(validation, dict), "a dict")
+            f1 = validation.get("f1", 0)
+            require(f"validation f1 of preset {name!r}", f1, is_number(f1) and 0 <= f1 <= 100, "a number in [0, 100]")
         require("preset 'full'", presets["full"]["length_config"], presets["full"]["length_config"] == full, full)
         return presets
 
@@ -315,7 +312,7 @@ class QuaLAMiniLMConfig(PretrainedConfig):
                 f"{shares[cheapest]:.3f}"
             )
 
-        f1 = {name: (self.length_presets[name].get("validation") or {}).get("f1") for name in within}
+        f1 = {name: self.length_presets[name].get("validation", {}).get("f1") for name in within}
         best = max(within, key=shares.get if None in f1.values() else f1.get)
         return self.token_lengths(best)
 
