@@ -351,6 +351,15 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         return config_dict, kwargs
 
     @classmethod
+    def _dict_from_json_file(cls, json_file):
+        try:
+            fields = super()._dict_from_json_file(json_file)
+        except RecursionError as error:
+            raise ValueError(f"{json_file} is no JSON that can be read: {error}") from error
+        require(json_file, fields, isinstance(fields, dict), "a JSON object")
+        return fields
+
+    @classmethod
     def from_dict(cls, config_dict, **kwargs):
         if kwargs.get("length_config", ...) is None:
             del kwargs["length_config"]  # None inherits
@@ -418,7 +427,7 @@ def check_weights(repository, **where):
         checksums = path and json.loads(Path(path).read_text(encoding="utf-8")).get("weights_sha256")
     except (AttributeError, OSError, RecursionError, ValueError):  # loading has complained of it already
         return
-    if not checksums:
+    if checksums is None:
         return
     legal = isinstance(checksums, dict) and all(re.fullmatch(r"[\w.-]+", name) for name in checksums)
     require(f"weights_sha256 in {path}", checksums, legal, "an object of SHA-256 checksums by file name")
