@@ -1,18 +1,23 @@
 """Sizes of a QuaLA-MiniLM, its presets, and what a legal `length_config` is."""
 
 import copy
+import hashlib
 import json
 import os
+import re
+import reprlib
+from collections import Counter
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 
 from transformers import PretrainedConfig
-from transformers.utils import cached_file, logging
+from transformers.utils import CONFIG_NAME, cached_file, logging
 
 logger = logging.get_logger(__name__)
 
 PRESETS_FILE = "length_configs.json"
+WEIGHTS_PATTERN = "model*.safetensors"
 CODE_FILES = tuple(f"{room}_qualaminilm.py" for room in ("configuration", "modeling", "quantization", "pipeline"))
 AUTO_MAP = {
     "AutoConfig": "configuration_qualaminilm.QuaLAMiniLMConfig",
@@ -26,6 +31,28 @@ CUSTOM_PIPELINES = {
         "type": "text",
     }
 }
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "max_position_embeddings",
+    "type_vocab_size",
+)
+# What a damaged file may ask for at most; BERT-large has 24 layers and a third of a billion parameters.
+MOST_LAYERS, MOST_PARAMETERS = 1000, 2**30
+# What the weights mean nothing without.
+ARCHITECTURE = (
+    *SIZES,
+    "hidden_act",
+    "layer_norm_eps",
+    "pad_token_id",
+    "embedding_type",
+    "significance",
+    "int8_storage",
+)
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 ACCEPTED = (
     "a preset's name, one int >= 2 a layer, one float in (0, 1] a layer, or {'max_macs': share in (0, 1]}; "
     "entries are non-increasing"
@@ -67,9 +94,13 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         length_presets (`dict`): name -> preset, as in the `presets` of `length_configs.json`. `"full"`, which drops
             nothing, is always among them. Kept in `length_configs.json`, never in `config.json`.
         int8_storage (`dict` of `str`): how int8 weights are stored, in words; `None`: the weights are floats.
+        architecture_sha256, weights_sha256: of `config.json`; see [`QuaLAMiniLMConfig.write_checksums`]. The first is
+            compared with the fields here, the second with the files when they are loaded. Neither is kept, so that
+            none is ever written that is not of what stands beside it.
 
     Raises:
-        ValueError: a field that is none of the accepted values, naming it.
+        ValueError: a field or a preset that is none of the accepted values, naming it; or fields that are not those
+            of `architecture_sha256`.
     """
 
     model_type = "qualaminilm"
@@ -94,18 +125,10 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         length_config="full",
         length_presets=None,
         int8_storage=None,
+        architecture_sha256=None,
+        weights_sha256=None,
         **kwargs,
     ):
-        for name, value, accepted in (
-            ("embedding_type", embedding_type, ("bert", "roberta")),
-            ("significance", significance, ("attention", "learned")),
-        ):
-            if value not in accepted:
-                raise ValueError(f"{name} is {value!r}, expected one of {accepted}")
-        if hidden_size % num_attention_heads:
-            raise ValueError(
-                f"hidden_size ({hidden_size}) is not a multiple of num_attention_heads ({num_attention_heads})"
-            )
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -118,17 +141,78 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         self.type_vocab_size = type_vocab_size
         self.initializer_range = initializer_range
         self.layer_norm_eps = layer_norm_eps
+        self.pad_token_id = pad_token_id
         self.embedding_type = embedding_type
         self.significance = significance
         self.length_config = length_config
         self.int8_storage = int8_storage
-        full = [1.0] * num_hidden_layers
-        self.length_presets = {"full": {"length_config": full}, **(length_presets or {})}
-        if self.length_presets["full"]["length_config"] != full:
-            raise ValueError(f"preset 'full' is {self.length_presets['full']['length_config']!r}, expected {full}")
+        self._check_fields(kwargs)
+        self.length_presets = self._checked_presets(length_presets)
+        if architecture_sha256 is not None and architecture_sha256 != self._architecture_sha256():
+            raise ValueError(
+                f"architecture_sha256 is {architecture_sha256!r}, which is not that of {', '.join(ARCHITECTURE)}: "
+                f"{CONFIG_NAME} was changed after the weights were saved. If it was meant, delete architecture_sha256"
+            )
         super().__init__(pad_token_id=pad_token_id, **kwargs)
         self.auto_map = dict(AUTO_MAP)
         self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
+
+    def _check_fields(self, others):
+        """Raises a [`ValueError`] that names a field of ours, or of `others`, which is none of the accepted values."""
+        for name in SIZES:
+            most = MOST_LAYERS if name == "num_hidden_layers" else MOST_PARAMETERS
+            value = getattr(self, name)
+            require(name, value, is_number(value, Integral) and 1 <= value <= most, f"an int from 1 to {most}")
+        d, rows = self.hidden_size, self.vocab_size + self.max_position_embeddings + self.type_vocab_size
+        parameters = rows * d + self.num_hidden_layers * (4 * d * d + 2 * d * self.intermediate_size)
+        if parameters > MOST_PARAMETERS:
+            sizes = ", ".join(f"{name} {getattr(self, name)}" for name in SIZES)
+            raise ValueError(f"{sizes} make {parameters} parameters, expected at most {MOST_PARAMETERS}")
+        if d % self.num_attention_heads:
+            raise ValueError(f"hidden_size ({d}) is not a multiple of num_attention_heads ({self.num_attention_heads})")
+        for name, accepted in (("embedding_type", ("bert", "roberta")), ("significance", ("attention", "learned"))):
+            require(name, getattr(self, name), getattr(self, name) in accepted, f"one of {accepted}")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            value = getattr(self, name)
+            require(name, value, is_number(value) and 0 <= value <= 1, "a number in [0, 1]")
+        std, eps, pad = self.initializer_range, self.layer_norm_eps, self.pad_token_id
+        require("initializer_range", std, is_number(std) and 0 <= std <= 1, "a number in [0, 1]")
+        require("layer_norm_eps", eps, is_number(eps) and 0 < eps < 1, "a number in (0, 1)")
+        require("hidden_act", self.hidden_act, isinstance(self.hidden_act, str), "an activation's name")
+        if pad is not None or self.embedding_type == "roberta":
+            legal = is_number(pad, Integral) and 0 <= pad < self.vocab_size
+            require("pad_token_id", pad, legal, f"an int from 0 to {self.vocab_size - 1}")
+        storage = self.int8_storage
+        legal = isinstance(storage, dict) and storage and all(isinstance(each, str) for each in storage.values())
+        require("int8_storage", storage, storage is None or legal, "None or a dict of str")
+        architectures, dtype = others.get("architectures"), others.get("dtype")
+        legal = isinstance(architectures, list) and all(isinstance(each, str) for each in architectures)
+        require("architectures", architectures, architectures is None or legal, "a list of str")
+        legal = (dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")) in DTYPES
+        require("dtype", dtype, dtype is None or legal, f"one of {DTYPES}")
+
+    def _checked_presets(self, presets):
+        """`presets` and `"full"`; raises a [`ValueError`] that names what is wrong with one."""
+        full = [1.0] * self.num_hidden_layers
+        require("length_presets", presets, presets is None or isinstance(presets, dict), "a dict")
+        presets = {"full": {"length_config": full}, **(presets or {})}
+        for name, preset in presets.items():
+            legal = isinstance(name, str) and name and not re.search(r"[/\\:\x00-\x1f]|\.\.", name)
+            require("a preset's name", name, legal, "no path: a str without / \\ : and ..")
+            legal = isinstance(preset, dict) and "length_config" in preset
+            require(f"preset {name!r}", preset, legal, "a dict with a 'length_config'")
+            self._read_entries(preset["length_config"], f"preset {name!r}")
+            validation = preset.get("validation", {})
+            require(f"validation of preset {name!r}", validation, isinstance(validation, dict), "a dict")
+            f1 = validation.get("f1", 0)
+            require(f"validation f1 of preset {name!r}", f1, is_number(f1) and 0 <= f1 <= 100, "a number in [0, 100]")
+        require("preset 'full'", presets["full"]["length_config"], presets["full"]["length_config"] == full, full)
+        return presets
+
+    def _architecture_sha256(self):
+        """SHA-256, in hex, of the fields that the weights mean nothing without."""
+        fields = json.dumps([getattr(self, name) for name in ARCHITECTURE], sort_keys=True)
+        return hashlib.sha256(fields.encode()).hexdigest()
 
     @classmethod
     def from_transformers(cls, config, **kwargs):
@@ -228,7 +312,7 @@ class QuaLAMiniLMConfig(PretrainedConfig):
                 f"{shares[cheapest]:.3f}"
             )
 
-        f1 = {name: (self.length_presets[name].get("validation") or {}).get("f1") for name in within}
+        f1 = {name: self.length_presets[name].get("validation", {}).get("f1") for name in within}
         best = max(within, key=shares.get if None in f1.values() else f1.get)
         return self.token_lengths(best)
 
@@ -261,16 +345,19 @@ class QuaLAMiniLMConfig(PretrainedConfig):
             if kwargs.get(name) is not None
         }
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if os.path.isfile(pretrained_model_name_or_path):
-            beside = Path(pretrained_model_name_or_path).with_name(PRESETS_FILE)
-            path = beside if beside.is_file() else None
-        else:
-            path = cached_file(
-                pretrained_model_name_or_path, PRESETS_FILE, _raise_exceptions_for_missing_entries=False, **where
-            )
+        path = _stored_file(pretrained_model_name_or_path, PRESETS_FILE, **where)
         if path is not None:
             config_dict["length_presets"] = _read_presets(path, config_dict.get("num_hidden_layers"))
         return config_dict, kwargs
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        try:
+            fields = super()._dict_from_json_file(json_file)
+        except RecursionError as error:
+            raise ValueError(f"{json_file} is no JSON that can be read: {error}") from error
+        require(json_file, fields, isinstance(fields, dict), "a JSON object")
+        return fields
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -301,6 +388,15 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         content = {"num_hidden_layers": self.num_hidden_layers, "presets": self.length_presets}
         write_beside_then_rename(Path(folder) / PRESETS_FILE, json.dumps(content, indent=2) + "\n")
 
+    def write_checksums(self, folder):
+        """Writes into the `config.json` of `folder` what tells later that it and the weights beside it are whole, and
+        belong together: `weights_sha256`, the SHA-256 of each safetensors file, and `architecture_sha256`."""
+        path = Path(folder) / CONFIG_NAME
+        weights = {each.name: file_sha256(each) for each in sorted(path.parent.glob(WEIGHTS_PATTERN))}
+        checksums = {"architecture_sha256": self._architecture_sha256(), "weights_sha256": weights}
+        fields = json.loads(path.read_text(encoding="utf-8")) | checksums
+        write_beside_then_rename(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
     def _code_file(self, name):
         """Path of a code file: beside this one, or, where transformers copied only what it ran, in the repository that
         this configuration was loaded from; `None` where neither has it."""
@@ -316,10 +412,61 @@ class QuaLAMiniLMConfig(PretrainedConfig):
             return None
 
 
-def _read_presets(path, num_hidden_layers):
+def check_weights(repository, **where):
+    """Compares a repository's weights with the `weights_sha256` of its `config.json`, if it has any.
+
+    Args:
+        repository (`str` or path): as in `from_pretrained`, which has been through it: what a Hub repository has is in
+            the cache. `where` are `cached_file`'s arguments.
+
+    Raises:
+        ValueError: a file has another checksum, or `weights_sha256` is no object of checksums by file name.
+    """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
+        path = _stored_file(repository, CONFIG_NAME, local_files_only=True, **where)
+        checksums = path and json.loads(Path(path).read_text(encoding="utf-8")).get("weights_sha256")
+    except (AttributeError, OSError, RecursionError, ValueError):  # loading has complained of it already
+        return
+    if checksums is None:
+        return
+    legal = isinstance(checksums, dict) and all(re.fullmatch(r"[\w.-]+", name) for name in checksums)
+    require(f"weights_sha256 in {path}", checksums, legal, "an object of SHA-256 checksums by file name")
+    for name, checksum in checksums.items():
+        file = Path(path).with_name(name)
+        if file.is_file() and file_sha256(file) != checksum:
+            raise ValueError(
+                f"{file} is not the file that weights_sha256 in {path} states: it is damaged, cut short, a Git LFS "
+                f"pointer, or holds other weights. Get both files again; if it was meant, delete weights_sha256"
+            )
+
+
+def file_sha256(path):
+    """SHA-256 of the file's bytes, in hex: what `sha256sum` prints, and the Hub for a large file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(2**20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _stored_file(repository, name, **where):
+    """Path of the file `name` of a repository, or beside the file `repository`; `None` where there is none."""
+    if os.path.isfile(repository):
+        beside = Path(repository).with_name(name)
+        return beside if beside.is_file() else None
+    return cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **where)
+
+
+def _read_presets(path, num_hidden_layers):
+    def unique(pairs):
+        repeated = sorted(name for name, count in Counter(name for name, _ in pairs).items() if count > 1)
+        if repeated:
+            raise ValueError(f"{repeated[0]!r} stands twice in one object")
+        return dict(pairs)
+
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     presets = content.get("presets") if isinstance(content, dict) else None
     if not isinstance(presets, dict):
@@ -328,10 +475,18 @@ def _read_presets(path, num_hidden_layers):
         raise ValueError(
             f"num_hidden_layers is {content.get('num_hidden_layers')!r} in {path}, {num_hidden_layers!r} in config.json"
         )
-    for name, preset in presets.items():
-        if not isinstance(preset, dict) or "length_config" not in preset:
-            raise ValueError(f"preset {name!r} in {path} has no 'length_config'")
     return presets
+
+
+def is_number(value, kind=Real):
+    """Whether `value` is of `kind`, booleans not being numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def require(name, value, legal, accepted):
+    """Raises a [`ValueError`] that says what `name` is and what is accepted, unless `value` is `legal`."""
+    if not legal:
+        raise ValueError(f"{name} is {reprlib.repr(value)}, expected {accepted}")
 
 
 def write_beside_then_rename(path, text):

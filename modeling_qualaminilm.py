@@ -9,18 +9,20 @@ tokens in ascending order of position, rows with fewer tokens ending in dead slo
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Optional
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput
+from transformers.utils import CONFIG_NAME, ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_qualaminilm import QuaLAMiniLMConfig
+from .configuration_qualaminilm import QuaLAMiniLMConfig, check_weights, require
 from .quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear, attention_dtype
 
 
@@ -523,6 +525,30 @@ class QuaLAMiniLMPreTrainedModel(PreTrainedModel):
         else:
             super()._init_weights(module)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in [`PreTrainedModel`].
+
+        Raises:
+            ValueError: a file of weights that cannot be read, or is not the one that `weights_sha256` in `config.json`
+                states.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(f"the weights of {pretrained_model_name_or_path} cannot be read: {error}") from error
+        finally:
+            # Last, when the files have come from wherever they are; what is wrong with one says more than its effects.
+            if pretrained_model_name_or_path is not None:
+                where = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder") if kwargs.get(name)}
+                check_weights(pretrained_model_name_or_path, **where)
+
+    def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
+        """As in [`PreTrainedModel`]; also writes the weights' checksums into `config.json`, once they stand."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if is_main_process and (Path(save_directory) / CONFIG_NAME).is_file():
+            self.config.write_checksums(save_directory)
+
     def dequantize(self, dtype=None):
         """Puts float weights in the place of int8 ones: to train, to save, or to run on a GPU.
 
@@ -564,12 +590,13 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
     """The encoder, without a head.
 
     Raises:
-        ValueError: the configuration's `length_config` is not legal.
+        ValueError: the configuration's `length_config` is not legal, or its `hidden_act` is unknown.
     """
 
     def __init__(self, config):
         super().__init__(config)
         config.token_lengths()
+        require("hidden_act", config.hidden_act, config.hidden_act in ACT2FN, f"one of {', '.join(ACT2FN)}")
         self.embeddings = QuaLAMiniLMEmbeddings(config)
         self.encoder = QuaLAMiniLMEncoder(config)
         self.post_init()
