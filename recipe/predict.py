@@ -189,16 +189,18 @@ def answered_by_processes(job, parts, workers):
     parts, running = iter(parts), set()
     # Spawned: a forked child could not use torch's threads, nor locks that the parent held.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent) as pool:
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent)
+    try:
         while True:
-            running |= {
-                pool.submit(answer_part, job, part) for part in itertools.islice(parts, 2 * workers - len(running))
-            }
+            more = itertools.islice(parts, 2 * workers - len(running))
+            running |= {pool.submit(answer_part, job, part) for part in more}
             if not running:
                 return
             done, running = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
             for future in done:
                 yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def end_with_parent():
@@ -282,6 +284,24 @@ def main():
     counts = predict(job, arguments.output, arguments.workers, arguments.ray)
     seconds = time.perf_counter() - started
     rate = counts["rows"] / seconds
+    if arguments.stats:
+        from recipe.data import identities  # which load torch
+        from recipe.results import describe_run, write_json
+
+        workers = arguments.workers or joblib.cpu_count()
+        stats = {
+            **counts,
+            "seconds": round(seconds, 1),
+            "rows_per_second": rate,
+            "workers": workers,
+            "core_hours_per_billion_rows": 1e9 * workers / rate / 3600 if rate else None,
+            "length_config": job.length_config,
+            "batch_size": job.batch_size,
+            "data": identities([job.input]),
+            **describe_run("recipe.predict", pa),
+            "threads": workers,
+        }
+        write_json(arguments.stats, stats)
     print(f"{counts['rows']} rows in {seconds:.1f} s, {rate:.1f} rows/s")
     print(f"Wrote {arguments.output}: {counts['answers']} answers")
     if counts["bad"]:

@@ -4,6 +4,7 @@ A part is a run of consecutive rows of about the same size in bytes, which can b
 The process that hands out the parts imports this file too, so that what loads torch is imported where it is needed.
 """
 
+import bisect
 import csv
 import functools
 import itertools
@@ -150,15 +151,19 @@ def _records(lines):
 
 
 class Parquet:
-    """A Parquet file."""
+    """A Parquet file. Parts are best read in their order: what is skipped is decoded, from the row group's start or from
+    the last row read."""
 
     start = 0
 
     def __init__(self, path, columns):
         self.path, self.columns = path, columns
-        schema = pq.read_schema(path)
-        _require_columns(path, columns, schema.names)
-        self.id_type = schema.field(columns[0]).type
+        with pq.ParquetFile(path) as file:
+            _require_columns(path, columns, file.schema_arrow.names)
+            self.id_type = file.schema_arrow.field(columns[0]).type
+            lengths = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        self.group_starts = list(itertools.accumulate(lengths, initial=0))
+        self.next_row, self.rows = -1, None
 
     def pieces(self):
         """Yields how many rows and bytes of text each next piece has: one row."""
@@ -166,18 +171,19 @@ class Parquet:
             yield 1, sum(len(text) for text in (question, context) if isinstance(text, str))
 
     def read(self, part):
-        """An iterator over the part's rows, each (id, question, context)."""
-        return itertools.islice(self._rows(part.first), part.rows)
+        """The part's rows, each (id, question, context)."""
+        group = bisect.bisect_right(self.group_starts, part.first) - 1
+        if not self.group_starts[group] <= self.next_row <= part.first:
+            self.next_row, self.rows = self.group_starts[group], self._rows(group)
+        skipped = part.first - self.next_row
+        self.next_row = part.first + part.rows
+        return list(itertools.islice(self.rows, skipped, skipped + part.rows))
 
-    def _rows(self, first):
+    def _rows(self, group):
         with pq.ParquetFile(self.path, pre_buffer=False) as file:
-            groups, skipped = list(range(file.num_row_groups)), first
-            while groups and file.metadata.row_group(groups[0]).num_rows <= skipped:
-                skipped -= file.metadata.row_group(groups.pop(0)).num_rows
+            groups = range(group, file.num_row_groups)
             for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=list(set(self.columns))):
-                passed = min(skipped, batch.num_rows)
-                skipped -= passed
-                yield from zip(*(_values(batch[name].slice(passed)) for name in self.columns))
+                yield from zip(*(_values(batch[name]) for name in self.columns))
 
 
 def _values(column):
@@ -218,7 +224,7 @@ def cut_into_parts(reader, file_size):
     part_bytes = min(max(file_size // PARTS, MIN_PART_BYTES), MAX_PART_BYTES)
     parts, first, rows, offset, size = [], 0, 0, reader.start, 0
     for more_rows, more_bytes in tqdm(reader.pieces(), desc="Counting", unit="row"):
-        if rows == MAX_PART_ROWS or rows and size + more_bytes > part_bytes:
+        if rows == MAX_PART_ROWS or (rows and size + more_bytes > part_bytes):
             parts.append(Part(len(parts), first, rows, offset, size))
             first, rows, offset, size = first + rows, 0, offset + size, 0
         rows += more_rows
@@ -240,19 +246,20 @@ class Answerer:
 
     def __init__(self, job):
         import torch
+        from transformers import AutoTokenizer, logging
 
         from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
         from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
-        from recipe.data import load_tokenizer
         from recipe.presets import parse_length_config
 
         torch.set_num_threads(1)
+        logging.disable_progress_bar()  # there is one already
         self.job, self.reader = job, open_input(job.input, job.columns)
         self.schema = answer_schema(self.reader.id_type)
         model = QuaLAMiniLMForQuestionAnswering.from_pretrained(job.model, dtype=torch.float32).eval()
         self.pipeline = QuestionAnsweringPipeline(
             model=model,
-            tokenizer=load_tokenizer(job.model),
+            tokenizer=AutoTokenizer.from_pretrained(job.model, config=model.config),
             length_config=parse_length_config(job.length_config),
             batch_size=job.batch_size,
         )
@@ -331,7 +338,7 @@ def bad_line(row):
     return (json.dumps({"row": number, "id": identity, "reason": reason}, default=str) + "\n").encode()
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def answerer(job):
     return Answerer(job)
 
