@@ -272,6 +272,8 @@ def main():
     )
     parser.add_argument("--stats", metavar="FILE", help="JSON results file to write: how fast it went")
     arguments = parser.parse_args()
+    if arguments.stats and arguments.ray and not arguments.workers:
+        parser.error("--stats takes --workers where they are a Ray cluster's")
     job = Job(
         input=str(Path(arguments.input).resolve()),
         columns=(arguments.id, arguments.question, arguments.context),

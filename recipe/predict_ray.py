@@ -5,7 +5,7 @@ import os
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray is imported
 
 import pyarrow as pa
-import ray
+import ray.data
 
 from recipe.predict_rows import Answered, Answerer, Part
 

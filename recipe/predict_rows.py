@@ -5,6 +5,7 @@ The process that hands out the parts imports this file too, so that what loads t
 """
 
 import bisect
+import codecs
 import csv
 import functools
 import itertools
@@ -103,8 +104,10 @@ class Lines:
     def _lines(self, part):
         with open(self.path, "rb") as file:
             file.seek(part.offset)
-            while file.tell() < part.offset + part.size:
-                yield file.readline()
+            for line in file:
+                yield line
+                if file.tell() >= part.offset + part.size:
+                    return
 
 
 class Csv(Lines):
@@ -113,6 +116,8 @@ class Csv(Lines):
     def __init__(self, path, columns):
         super().__init__(path, columns)
         with open(path, "rb") as file:
+            if file.read(len(codecs.BOM_UTF8)) != codecs.BOM_UTF8:
+                file.seek(0)
             self.names = next(_records(file), [])
             self.start = file.tell()
         _require_columns(path, columns, self.names)
@@ -140,7 +145,7 @@ def _records(lines):
     """Yields each record of CSV lines (`bytes`), a `list` of `str`, or the `csv.Error` in its place."""
     csv.field_size_limit(MAX_CSV_FIELD)
     # What is not UTF-8 becomes lone surrogates, which the pipeline refuses row by row.
-    reader = csv.reader(line.removeprefix(b"\xef\xbb\xbf").decode(errors="surrogateescape") for line in lines)
+    reader = csv.reader(line.decode(errors="surrogateescape") for line in lines)
     while True:
         try:
             yield next(reader)
@@ -151,8 +156,8 @@ def _records(lines):
 
 
 class Parquet:
-    """A Parquet file. Parts are best read in their order: what is skipped is decoded, from the row group's start or from
-    the last row read."""
+    """A Parquet file. Parts are best read in their order: what is skipped must be decoded, from the last row that was
+    read or from the start of the row group."""
 
     start = 0
 

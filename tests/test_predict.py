@@ -4,9 +4,9 @@ import itertools
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,6 +21,7 @@ from recipe import predict_rows
 from recipe.predict import finished_parts, predict
 from recipe.predict_rows import Answered, Answerer, Job, answer_part, cut_into_parts, open_input
 from tests.kill_predict import check_rows, kill_and_resume, write_rows
+from tests.test_readme import block, clone, run_block  # noqa: F401
 
 COLUMNS = ("id", "question", "context")
 WORDS = "Ann Bob Cleo lives lived in near Berlin Paris Lima Oslo , . the naïve 東京 🙂 old".split()
@@ -316,13 +317,14 @@ def without_a_model(monkeypatch, begun):
 
 
 @pytest.mark.parametrize("output_format", [".jsonl", ".parquet"])
-def test_killed_at_any_step_a_job_goes_on(tmp_path, tiny, small_parts, monkeypatch, output_format):
+def test_killed_at_any_step_a_job_goes_on(tmp_path, small_parts, monkeypatch, output_format):
     """Before and after each change of a name in the file system, one after the other."""
-    rows = [row | ({"question": ""} if i % 5 == 2 else {}) for i, row in enumerate(questions(30))]
+    rows = [row | ({"question": ""} if i % 5 == 2 else {}) for i, row in enumerate(questions(12))]
     path = write_table(tmp_path / "in.jsonl", rows)
     parts = len(parts_of(path))
-    assert parts > 4
-    job, begun = a_job(path, output_format, tiny), []
+    assert parts > 3
+    (tmp_path / "model").mkdir()
+    job, begun = a_job(path, output_format, tmp_path / "model"), []
     without_a_model(monkeypatch, begun)
     steps = None
 
@@ -365,16 +367,17 @@ def test_killed_at_any_step_a_job_goes_on(tmp_path, tiny, small_parts, monkeypat
         else:
             assert sorted(finished | set(begun[len(first) :])) == list(range(parts))
             assert not finished & set(begun[len(first) :])
-            assert (counts["answers"], counts["bad"]) == (24, 6)
+            assert (counts["answers"], counts["bad"]) == (10, 2)
         assert [answer["id"] for answer in read_output(output)] == [row["id"] for row in rows if row["question"]]
         assert [row["id"] for row in read_bad(output)] == [row["id"] for row in rows if not row["question"]]
         assert sorted(os.listdir(folder)) == [output.name, f"{output.name}.bad.jsonl"]
     assert death > 4 * parts
 
 
-def stopped_job(tmp_path, tiny, monkeypatch, finished=2):
-    """A job stopped after some of its parts: its job, its output and what its folder holds."""
-    shutil.copytree(tiny, tmp_path / "model")
+def stopped_job(tmp_path, monkeypatch, finished=2):
+    """A job stopped after some of its parts, and its output."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "length_configs.json").write_text("{ }")
     job = a_job(write_table(tmp_path / "in.jsonl", questions(30)), model=tmp_path / "model")
     without_a_model(monkeypatch, [])
     whole = predict_module.answered_by_processes
@@ -390,8 +393,8 @@ def stopped_job(tmp_path, tiny, monkeypatch, finished=2):
 
 
 @pytest.mark.parametrize("changed", ["IN", "--id, --question, --context", "--model", "--length_config", "--batch_size"])
-def test_another_job_does_not_go_on_with_this_ones_parts(tmp_path, tiny, small_parts, monkeypatch, changed):
-    job, output = stopped_job(tmp_path, tiny, monkeypatch)
+def test_another_job_does_not_go_on_with_this_ones_parts(tmp_path, small_parts, monkeypatch, changed):
+    job, output = stopped_job(tmp_path, monkeypatch)
     folder = tmp_path / "out.jsonl.parts"
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     other = job
@@ -412,13 +415,13 @@ def test_another_job_does_not_go_on_with_this_ones_parts(tmp_path, tiny, small_p
         assert predict(job, output)["answers"] == 30
 
 
-def test_where_nothing_was_finished_another_job_begins_anew(tmp_path, tiny, small_parts, monkeypatch):
-    job, output = stopped_job(tmp_path, tiny, monkeypatch, finished=0)
+def test_where_nothing_was_finished_another_job_begins_anew(tmp_path, small_parts, monkeypatch):
+    job, output = stopped_job(tmp_path, monkeypatch, finished=0)
     assert predict(job._replace(batch_size=5), output)["rows"] == 30
 
 
-def test_one_process_a_job(tmp_path, tiny, small_parts, monkeypatch):
-    job, output = stopped_job(tmp_path, tiny, monkeypatch)
+def test_one_process_a_job(tmp_path, small_parts, monkeypatch):
+    job, output = stopped_job(tmp_path, monkeypatch)
     with (
         predict_module.job_folder(tmp_path / "out.jsonl.parts"),
         pytest.raises(ValueError, match="another process works in .*out.jsonl.parts"),
@@ -519,6 +522,7 @@ def peaks(command):
                 continue
             found = [int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")]
             highest[status] = max([highest.get(status, 0), *found])
+        time.sleep(0.02)
     assert process.returncode == 0, process.stderr.read()
     process.stderr.close()
     parent = highest.pop(f"/proc/{process.pid}")
@@ -560,6 +564,16 @@ def test_the_command_says_how_fast_it_was(tmp_path, tiny):
     assert stats["rows_per_second"] == pytest.approx(40 / stats["seconds"], rel=1e-2)
     core_seconds = stats["core_hours_per_billion_rows"] * 3600
     assert core_seconds == pytest.approx(1e9 / stats["rows_per_second"], rel=1e-2)
+
+
+def test_the_block_of_the_readme_answers(clone):  # noqa: F811
+    assert "Wrote answers.parquet: 2 answers" in run_block(block("sh", "recipe.predict questions.jsonl"), clone)
+    answers = pq.read_table(clone / "answers.parquet").to_pylist()
+    contexts = {row["id"]: row["context"] for row in map(json.loads, (clone / "questions.jsonl").open())}
+    assert [answer["id"] for answer in answers] == ["1", "2"]
+    assert all(contexts[int(row["id"])][row["start"] : row["end"]] == row["answer"] for row in answers)
+    (bad,) = map(json.loads, (clone / "answers.parquet.bad.jsonl").open())
+    assert bad == {"row": 2, "id": 3, "reason": "`question` cannot be empty"}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (requirements-ray.txt)")
