@@ -27,8 +27,8 @@ ROWS_AT_ONCE = 64  # decoded of a Parquet file
 
 
 class Part(NamedTuple):
-    """Rows of the input: `rows` of them from row `first`, which begin at byte `offset` and take `size` bytes (of the
-    file; of a Parquet file's texts, without an offset)."""
+    """Rows of the input: `rows` of them from row `first`, which begin at byte `offset` and take `size` bytes (in a
+    Parquet file: which have `size` characters)."""
 
     number: int
     first: int
@@ -171,9 +171,9 @@ class Parquet:
         self.next_row, self.rows = -1, None
 
     def pieces(self):
-        """Yields how many rows and bytes of text each next piece has: one row."""
-        for _, question, context in self._rows(0):
-            yield 1, sum(len(text) for text in (question, context) if isinstance(text, str))
+        """Yields how many rows and characters each next piece has: one row."""
+        for row in self._rows(0):
+            yield 1, sum(len(text) for text in row if isinstance(text, str))
 
     def read(self, part):
         """The part's rows, each (id, question, context)."""
