@@ -42,8 +42,8 @@ lint: .venv/.tests-installed
 	.venv/$(PIP_INSTALL) -r requirements-demo.txt
 	touch $@
 
-.venv/.tests-installed: .venv/.demo-installed requirements-tests.txt
-	.venv/$(PIP_INSTALL) -r requirements-tests.txt
+.venv/.tests-installed: .venv/.demo-installed requirements-tests.txt requirements-ray.txt
+	.venv/$(PIP_INSTALL) -r requirements-tests.txt -r requirements-ray.txt
 	touch $@
 
 .venv-4/.tests-installed: requirements-4.txt requirements-tests.txt requirements-recipe.txt requirements-export.txt

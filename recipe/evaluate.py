@@ -17,7 +17,7 @@ from tqdm import tqdm
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe.data import SPLITS, TEST_SETS, file_sha256, identities, load_tokenizer, read_questions
-from recipe.presets import record_scores
+from recipe.presets import parse_length_config, record_scores
 from recipe.results import describe_run, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,14 +64,6 @@ def score(questions, texts):
         [{"id": str(i), "answers": answers} for i, answers in enumerate(questions["answers"])],
     )
     return {"f1": result["f1"].item(), "em": result["exact_match"].item()}
-
-
-def parse_length_config(text):
-    """A `length_config` as typed: JSON where it is JSON, a preset's name otherwise."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
 
 
 def main():

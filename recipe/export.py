@@ -19,7 +19,8 @@ from transformers import BertConfig, RobertaConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear
 from recipe.data import load_tokenizer
-from recipe.evaluate import ROOT, parse_length_config
+from recipe.evaluate import ROOT
+from recipe.presets import parse_length_config
 from recipe.results import whole_folder
 
 OPSET = 17

@@ -1,8 +1,17 @@
 """What stands in a model folder's presets, `length_configs.json`, and how a measurement gets there."""
 
+import json
 import math
 
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+
+
+def parse_length_config(text):
+    """A `length_config` as typed: JSON where it is JSON, a preset's name otherwise."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
 
 
 def describe_preset(config, length_config):

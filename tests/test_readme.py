@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import pyarrow.parquet as pq
 import pytest
 from transformers import pipeline
 
@@ -76,3 +77,13 @@ def test_the_block_that_converts_converts(clone):
     assert "Wrote OUT" in run_block(block("sh", "convert_checkpoint.py SOURCE OUT"), clone)
     qa = pipeline("question-answering", model=str(clone / "OUT"), trust_remote_code=True)
     assert qa(question="Where?", context="In Berlin.")["answer"] in "In Berlin."
+
+
+def test_the_block_that_answers_a_file_answers_it(clone):
+    assert "Wrote answers.parquet: 2 answers" in run_block(block("sh", "recipe.predict questions.jsonl"), clone)
+    answers = pq.read_table(clone / "answers.parquet").to_pylist()
+    contexts = {row["id"]: row["context"] for row in map(json.loads, (clone / "questions.jsonl").open())}
+    assert [answer["id"] for answer in answers] == ["1", "2"]
+    assert all(contexts[int(row["id"])][row["start"] : row["end"]] == row["answer"] for row in answers)
+    (bad,) = map(json.loads, (clone / "answers.parquet.bad.jsonl").open())
+    assert bad == {"row": 2, "id": 3, "reason": "`question` cannot be empty"}

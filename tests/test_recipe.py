@@ -13,8 +13,8 @@ from conftest import DATA, ROOT, run, squad_file, tiny_config, tiny_folder, trai
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import cap_questions_per_paragraph, load_tokenizer, read_questions, training_features
-from recipe.evaluate import parse_length_config, score
-from recipe.presets import record_scores
+from recipe.evaluate import score
+from recipe.presets import parse_length_config, record_scores
 
 
 def test_read_questions_keeps_every_field(tmp_path):
