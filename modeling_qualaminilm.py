@@ -26,7 +26,9 @@ from .configuration_qualaminilm import QuaLAMiniLMConfig, check_weights, require
 from .quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear, attention_dtype
 
 
-CACHED_TOKENS = 8 * 384  # on a CPU a longer batch takes longer than its parts: what a layer makes of it leaves the cache
+CACHED_TOKENS = (
+    8 * 384
+)  # on a CPU a longer batch takes longer than its parts: what a layer makes of it leaves the cache
 
 
 @dataclass

@@ -115,13 +115,14 @@ class AdaptTrainer(FinetuneTrainer):
     def sub_models(self):
         """The step's sub-models, which follow from (seed, step): for each its length config and the layers it skips.
 
-        The sandwich rule: the smallest one, and `num_sandwich` drawn layer by layer.
+        The sandwich rule: the smallest one, and `num_sandwich` drawn layer by layer, from half of its bound to all of
+        it: what drops less is near enough to the full model.
         """
         rng = random.Random(f"{self.args.seed} {self.state.global_step}")
         yield length_config(self.bounds, ()), ()
         for _ in range(self.num_sandwich):
             skipped = [i for i in range(len(self.bounds)) if rng.random() < self.layer_dropout]
-            yield length_config([rng.uniform(0, bound) for bound in self.bounds], skipped), skipped
+            yield length_config([rng.uniform(bound / 2, bound) for bound in self.bounds], skipped), skipped
 
 
 def drop_ratio_bounds(given, layers):
