@@ -25,7 +25,6 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_qualaminilm import QuaLAMiniLMConfig, check_weights, require
 from .quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear, attention_dtype
 
-
 CACHED_TOKENS = (
     8 * 384
 )  # on a CPU a longer batch takes longer than its parts: what a layer makes of it leaves the cache
@@ -186,7 +185,7 @@ def bfloat16_attention(query, key, value, mask):
     powers = attention_scores(query, key, mask).exp2_()
     total = powers.sum(-1, keepdim=True)
     least, greatest = total.aminmax()
-    if 0 < least and greatest < math.inf:
+    if least > 0 and greatest < math.inf:
         return (powers @ value).div_(total)
     return (attention_scores(query, key, mask) * math.log(2)).softmax(-1) @ value
 
