@@ -52,8 +52,8 @@ LENGTH = 384
 BATCH_SIZES = (1, 8, 32)
 PAPER_BATCH_SIZES = (1, 32)
 CALIBRATION_WINDOWS = 64
-# Seconds before each turn. Every runtime's threads spin a while after their work is done, as is their default; they must
-# be asleep before the next row's turn.
+# Seconds before each turn. Every runtime's threads spin a while after their work is done, as is their default; when the
+# next row's turn comes they must be asleep.
 SETTLING = 0.1
 TINYBERT = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
 SIZES = {"BERT-base": TINYBERT | {"num_hidden_layers": 12}, "TinyBERT": TINYBERT, "MiniLM": {}}
