@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_config, tiny_folder
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
-from recipe.interpolate import average, interpolate, main
+from recipe.interpolate import interpolate, main
 
 
 def models():
@@ -30,20 +30,6 @@ def test_the_ends_are_the_models_themselves(share):
     expected = copy.deepcopy((adapted if share else finetuned).state_dict())
     interpolate(finetuned, adapted, share)
     assert all(torch.equal(adapted.state_dict()[name], weight) for name, weight in expected.items())
-
-
-def test_the_mean_of_several_models():
-    adapted = [models()[1] for _ in range(3)]
-    for i, model in enumerate(adapted):
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, mean=i)
-    states = [copy.deepcopy(model.state_dict()) for model in adapted]
-    average(adapted)
-    for name, weight in adapted[0].state_dict().items():
-        torch.testing.assert_close(weight, (states[0][name] + states[1][name] + states[2][name]) / 3)
-        assert torch.equal(adapted[1].state_dict()[name], states[1][name])
-    with pytest.raises(ValueError, match=r"two shapes: bert.encoder.layer.2.\S+"):
-        average([adapted[0], QuaLAMiniLMForQuestionAnswering(tiny_config(num_hidden_layers=2, significance="learned"))])
 
 
 def test_shares_and_shapes_that_do_not_fit_are_named():
