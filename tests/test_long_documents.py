@@ -11,7 +11,7 @@ from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering, Qu
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 
 QUESTION = "What is the password?"
-PASSWORDS = ["swordfish", "thunder", "marble", "lantern", "orchard"]  # one token each
+PASSWORDS = ["castle", "thunder", "marble", "lantern", "orchard"]  # one token each
 WORDS = "the clerk wrote that it had rained again, unhappily reconsidered 1887 (naïve) 東京 שלום".split()
 WORDS += ["e\u0301te\u0301", "🧑\u200d🚀", "👍🏽", "\x00", "\n\n\t"]
 
