@@ -73,7 +73,7 @@ def test_the_scan_leaves_methods_alone():
     assert faults("model.eval()\nre.compile(text)\ntorch.load(path, weights_only=True)\ntorch.compile(model)") == []
 
 
-IMPORTS_ALONE = {"torch", "transformers", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
+IMPORTS_ALONE = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", *sys.stdlib_module_names}
 
 
 @pytest.mark.parametrize("name", CODE_FILES)
@@ -92,7 +92,7 @@ def refuse(*args, **kwargs):
     traceback.print_stack()
     os._exit(1)  # no handler catches this, and no thread hides it
 
-for name in ("connect", "connect_ex", "bind", "sendto"):
+for name in ("connect", "connect_ex", "sendto"):
     setattr(socket.socket, name, refuse)
 socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
 sys.path.insert(0, sys.argv[1])
@@ -105,7 +105,7 @@ print("quiet")
 
 
 def test_import_and_load_ask_no_network(tmp_path):
-    """Nor does a load from a folder, though nobody said that there is no network."""
+    """Nor does a load from a folder, though nothing told transformers that there is no network."""
     names = [Path(name).stem for name in CODE_FILES]
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
