@@ -65,7 +65,9 @@ def kill_and_resume(command, output, kills, seed=0):
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
         process.stderr.close()
-        while any(map(alive, workers)):  # they end with it
+        deadline = time.monotonic() + 300
+        while any(map(alive, workers)):
+            assert time.monotonic() < deadline, "workers outlive the process that started them"
             time.sleep(0.01)
         killed.append(finished())
     done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)

@@ -426,6 +426,16 @@ def test_where_nothing_was_finished_another_job_begins_anew(tmp_path, small_part
     assert predict(job._replace(batch_size=5), output)["rows"] == 30
 
 
+def test_what_a_killed_part_left_does_not_count(tmp_path, small_parts, monkeypatch):
+    job, output = stopped_job(tmp_path, monkeypatch)
+    folder = tmp_path / "out.jsonl.parts"
+    unfinished = max(finished_parts(folder)) + 1
+    (folder / f"{unfinished:09d}.bad").write_text('{"id": "refused by what was killed"}\n')
+    (folder / f"{unfinished:09d}.jsonl.unfinished").write_text('{"id": "ha')
+    assert predict(job, output)["bad"] == 0
+    assert sorted(os.listdir(tmp_path)) == ["in.jsonl", "model", "out.jsonl"]
+
+
 def test_one_process_a_job(tmp_path, small_parts, monkeypatch):
     job, output = stopped_job(tmp_path, monkeypatch)
     with (
