@@ -255,7 +255,12 @@ def main():
         nargs="+",
         help="greatest share of the tokens left that a layer drops; by default and in form as in recipe.adapt",
     )
-    parser.add_argument("--max_loss", type=float, default=5.0, help="F1 that may be lost, %% of full (%(default)s)")
+    parser.add_argument(
+        "--max_loss", type=float, default=5.0, help="F1 that candidates may lose, %% of full (%(default)s)"
+    )
+    parser.add_argument(
+        "--max_preset_loss", type=float, default=3.0, help="F1 that presets may lose, on all questions (%(default)s)"
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="windows a batch (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--output", default="results/search.json", help="results file to write (%(default)s)")
@@ -286,7 +291,7 @@ def main():
     search(candidates, partial(measure, subset), full_on_subset, arguments)
     scored = score_survivors(candidates, partial(measure, questions), full_on_subset, arguments)
     full_on_all = scored.pop(0)
-    within = within_loss(scored, full_on_all, arguments.max_loss)
+    within = within_loss(scored, full_on_all, arguments.max_preset_loss)
     print(f"Front on all {len(questions)} validation questions:\n{describe_front([*within, full_on_all], full_on_all)}")
 
     presets = place_presets(full_on_all, within)

@@ -82,7 +82,7 @@ def command(folder, city_file, *options):
     if not folder.exists():
         tiny_folder(folder)
     options = ["--model", folder, "--data", city_file, "--study", folder / "search.sqlite3", "--seed", 3, *options]
-    options += ["--candidates", 24, "--population", 6, "--subset", 6, "--max_loss", 100]
+    options += ["--candidates", 24, "--population", 6, "--subset", 6, "--max_loss", 100, "--max_preset_loss", 100]
     options += ["--length_drop_ratio_bound", 0.9]
     options += ["--survivors", 5, "--output", folder / "search.json", "--plot", folder / "pareto.png"]
     return [sys.executable, "-m", "recipe.search", *map(str, options)]
