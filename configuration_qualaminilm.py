@@ -185,6 +185,8 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         storage = self.int8_storage
         legal = isinstance(storage, dict) and storage and all(isinstance(each, str) for each in storage.values())
         require("int8_storage", storage, storage is None or legal, "None or a dict of str")
+        model_type = others.get("model_type", self.model_type)
+        require("model_type", model_type, isinstance(model_type, str), "a str")
         architectures, dtype = others.get("architectures"), others.get("dtype")
         legal = isinstance(architectures, list) and all(isinstance(each, str) for each in architectures)
         require("architectures", architectures, architectures is None or legal, "a list of str")

@@ -18,7 +18,7 @@ SHIPPED = sorted(
     ]
 )
 RUNS_DATA = {"eval", "exec", "compile", "__import__"}  # builtins, called by their bare name
-UNPICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+UNPICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "marshal", "shelve", "numpy_pickle"}
 
 
 def faults(source):
@@ -27,7 +27,7 @@ def faults(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [each.name for each in node.names] + [getattr(node, "module", None) or ""]
-            found += [f"{node.lineno}: import {name}" for name in names if name.split(".")[0] in UNPICKLES]
+            found += [f"{node.lineno}: import {name}" for name in names if UNPICKLES & {*name.split(".")}]
         elif isinstance(node, ast.Call):
             name = ast.unparse(node.func)
             keywords = {each.arg: ast.unparse(each.value) for each in node.keywords}
@@ -37,7 +37,7 @@ def faults(source):
                 found.append(f"{node.lineno}: {name} without weights_only=True")
             if keywords.get("allow_pickle", "False") != "False" or keywords.get("shell", "False") != "False":
                 found.append(f"{node.lineno}: {name} with allow_pickle or shell")
-            if name in ("os.system", "os.popen"):
+            if name in ("os.system", "os.popen", "joblib.load"):
                 found.append(f"{node.lineno}: {name}")
     return found
 
@@ -63,6 +63,7 @@ def test_what_is_shipped_runs_nothing_out_of_data():
         "numpy.load(path, allow_pickle=True)",
         "subprocess.run(text, shell=True)",
         "os.system(text)",
+        "joblib.load(path)",
     ],
 )
 def test_the_scan_finds_what_it_looks_for(source):
@@ -118,7 +119,7 @@ def unpinned(text):
     """Lines of a requirements file that allow several versions, and no comment above says why."""
     found, before = [], ""
     for line in text.splitlines():
-        exact = re.fullmatch(r"[\w.-]+==[\w.]+|-r requirements[\w-]*\.txt|#.*", line)
+        exact = re.fullmatch(r"[\w.-]+(\[\w+\])?==[\w.]+|-r requirements[\w-]*\.txt|#.*", line)
         if not exact and not before.startswith("# Not one version:"):
             found.append(line)
         before = line
