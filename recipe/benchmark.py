@@ -178,10 +178,20 @@ def real_windows(questions, tokenizer, length, count):
     )
 
 
+class StandIn:
+    """A row in the place of the pipeline's model."""
+
+    def __init__(self, row, config):
+        self.row, self.config = row, config
+
+    def __call__(self, length_config=None, **inputs):
+        return span_logits_of(self.row(inputs))
+
+
 def ask(pipeline, row, questions):
     """Asks `questions` one at a time, `row` standing in for the pipeline's model."""
     asking = copy.copy(pipeline)
-    asking.model = lambda length_config=None, **inputs: span_logits_of(row(inputs))
+    asking.model = StandIn(row, pipeline.model.config)
     for question, context in zip(questions["question"], questions["context"]):
         asking(question=question, context=context)
 
