@@ -486,7 +486,8 @@ def test_converted_weights_go_through_the_recipe(city_file, tmp_path):
     convert(tmp_path / "source", out)
     files = {"study": "study.sqlite3", "output": "found.json", "plot": "found.png"}
     settings = [each for name, file in files.items() for each in (f"--{name}", tmp_path / file)]
-    settings += "--seed 3 --candidates 24 --population 6 --subset 6 --survivors 5 --max_loss 100".split()
+    settings += "--seed 3 --candidates 24 --population 6 --subset 6 --survivors 5".split()
+    settings += ["--max_loss", 100, "--max_preset_loss", 100]
     run("recipe.search", "--model", out, "--data", city_file, *settings, "--length_drop_ratio_bound", 0.9)
     presets = QuaLAMiniLMForQuestionAnswering.from_pretrained(out).length_presets
     assert len(presets) == 5
