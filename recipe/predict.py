@@ -28,7 +28,7 @@ from tqdm import tqdm
 from recipe.predict_rows import OUTPUTS, Job, Part, answer_part, answer_schema, cut_into_parts, open_input
 
 JOB_FILE = "job.json"
-ROW_GROUP = 2**17  # rows of OUT, where it is Parquet
+ROW_GROUP_BYTES = 2**24  # of OUT, where it is Parquet
 
 
 def predict(job, output, workers=None, ray=None):
@@ -249,7 +249,7 @@ def put_tables_together(files, path, schema):
             for each in files:
                 waiting.append(pq.read_table(each, schema=schema))
                 count += waiting[-1].num_rows
-                if sum(table.num_rows for table in waiting) >= ROW_GROUP or each is files[-1]:
+                if sum(table.nbytes for table in waiting) >= ROW_GROUP_BYTES or each is files[-1]:
                     writer.write_table(pa.concat_tables(waiting))
                     waiting.clear()
         os.fsync(file.fileno())
