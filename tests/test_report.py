@@ -29,12 +29,14 @@ def folder(tmp_path):
             "length_config": [1.0, 1.0],
             "lengths_at_384": [384, 384],
             "macs_share": 1.0,
+            "macs_at_384": 4.756e9,
             "test": {"f1": 90.0, "em": 85.5},
         },
         "fast": {
             "length_config": [0.5, 0.25],
             "lengths_at_384": [192, 96],
             "macs_share": 0.4321,
+            "macs_at_384": 4.756e9,
         },
     }
     (tmp_path / "length_configs.json").write_text(json.dumps({"num_hidden_layers": 2, "presets": presets}))
@@ -112,6 +114,16 @@ def test_the_peers_by_hand(measured_folder):
     _, _, bert, full, _ = peers_table(measured_folder).splitlines()
     assert bert == "| BERT-base, transformers, fp32 | 23.4 | 100.0 (1.0x) | 100.0 (1.0x) | 100.0 (1.0x) |  |  |  |"
     assert full == "| ours, int8, full | 23.4 | 5.0 (20.0x) | 4.0 (25.0x) | 2.0 (50.0x) | 2.0 |  | 346 |"
+
+
+def test_a_preset_that_changed_since_the_benchmark_is_not_measured(measured_folder):
+    presets = json.loads((measured_folder / "length_configs.json").read_text())
+    presets["presets"]["fast"]["macs_at_384"] = 2e9
+    (measured_folder / "length_configs.json").write_text(json.dumps(presets))
+    *_, full, fast = paper_table(measured_folder).splitlines()
+    assert full.endswith("| 4 | 25.0x | 5.0 | 20.0x |")
+    assert fast == '| **this model, `"fast"`** (192, 96) | not measured | not measured |  |  |  |  |  |'
+    assert "ours, int8, full" in peers_table(measured_folder) and "fast" not in peers_table(measured_folder)
 
 
 def test_report_draws_the_picture_that_the_readme_shows(measured_folder):
