@@ -25,9 +25,8 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_qualaminilm import QuaLAMiniLMConfig, check_weights, require
 from .quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear, attention_dtype
 
-CACHED_TOKENS = (
-    8 * 384
-)  # on a CPU a longer batch takes longer than its parts: what a layer makes of it leaves the cache
+# On a CPU a batch of more takes longer than its parts do: what a layer makes of it does not stay in the cache.
+CACHED_TOKENS = 8 * 384
 
 
 @dataclass

@@ -12,7 +12,7 @@ from pathlib import Path
 import datasets
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig, file_sha256
 
 VALIDATION_PERCENT = 5
 SPLITS = ("all", "train", "validation")
@@ -132,12 +132,6 @@ def refuse_test_sets(option, sources):
     for name, known_by in sources.items():
         if known_by in TEST_SETS:
             raise ValueError(f"{option} {name} is a test set, expected data to train or choose on")
-
-
-def file_sha256(path):
-    """SHA-256 of a file, as hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cap_questions_per_paragraph(questions, limit, seed):

@@ -174,14 +174,21 @@ def finished_parts(folder):
     return {int(path.stem) for path in folder.iterdir() if path.suffix in OUTPUTS}
 
 
-def write_whole(path, data):
-    """Writes `bytes` beside `path`, down to the disk, then renames them into place."""
+@contextmanager
+def whole_file(path):
+    """Within, a binary file beside `path` to write into: at the end it is on the disk and renamed into place."""
     unfinished = beside(path, ".unfinished")
     with unfinished.open("wb") as file:
-        file.write(data)
+        yield file
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+
+
+def write_whole(path, data):
+    """Writes `bytes` to `path`, all of them or none."""
+    with whole_file(path) as file:
+        file.write(data)
 
 
 def answered_by_processes(job, parts, workers):
@@ -229,31 +236,25 @@ def put_together(folder, output, parts, schema):
 
 def put_lines_together(files, path, schema):
     """Writes the lines of all `files` to `path`, and returns how many there are."""
-    count, unfinished = 0, beside(path, ".unfinished")
-    with unfinished.open("wb") as file:
+    count = 0
+    with whole_file(path) as file:
         for each in files:
             lines = each.read_bytes()
             file.write(lines)
             count += lines.count(b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
     return count
 
 
 def put_tables_together(files, path, schema):
     """Writes the rows of all `files` to `path`, and returns how many there are."""
-    count, waiting, unfinished = 0, [], beside(path, ".unfinished")
-    with unfinished.open("wb") as file:
-        with pq.ParquetWriter(file, schema) as writer:
-            for each in files:
-                waiting.append(pq.read_table(each, schema=schema))
-                count += waiting[-1].num_rows
-                if sum(table.nbytes for table in waiting) >= ROW_GROUP_BYTES or each is files[-1]:
-                    writer.write_table(pa.concat_tables(waiting))
-                    waiting.clear()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    count, waiting = 0, []
+    with whole_file(path) as file, pq.ParquetWriter(file, schema) as writer:
+        for each in files:
+            waiting.append(pq.read_table(each, schema=schema))
+            count += waiting[-1].num_rows
+            if sum(table.nbytes for table in waiting) >= ROW_GROUP_BYTES or each is files[-1]:
+                writer.write_table(pa.concat_tables(waiting))
+                waiting.clear()
     return count
 
 

@@ -82,16 +82,14 @@ PAPER_F1 = {
 }
 
 
-def timed(folder):
+def timed(benchmark, presets):
     """The benchmark's rows, but for those of presets that had other length configs when it ran."""
-    presets = read_presets(folder)
 
     def is_current(name, row):
         preset = presets.get(name.rpartition(", ")[2])
         return preset is None or preset["macs_at_384"] == row["macs_at_384"]
 
-    rows = read_results(folder, "benchmark")["rows"]
-    return {name: row for name, row in rows.items() if is_current(name, row)}
+    return {name: row for name, row in benchmark["rows"].items() if is_current(name, row)}
 
 
 def paper_table(folder):
@@ -102,8 +100,9 @@ def paper_table(folder):
         scores = read_results(folder, PAPER_F1[name]) if name in PAPER_F1 else None
         f1 = f"{scores['f1']:.2f}" if scores else "not measured" if name in PAPER_F1 else "no weights here"
         rows.append([name, f1 + f" ({row['f1']:.2f})", *speed_cells(measured["paper_rows"][name], row)])
-    ours = timed(folder)
-    for name, preset in read_presets(folder).items():
+    presets = read_presets(folder)
+    ours = timed(measured, presets)
+    for name, preset in presets.items():
         scores = read_results(folder, f"test-int8-{name}")
         lengths = f" ({', '.join(map(str, preset['lengths_at_384']))})" if name != "full" else ""
         f1 = f"{scores['f1']:.2f}" if scores else "not measured"
@@ -134,7 +133,7 @@ def peers_table(folder):
     """Speed and size of this model's presets and of what else runs the same weights."""
     benchmark, rows = read_results(folder, "benchmark"), []
     batches = benchmark["batch_sizes"]
-    for name, measured in timed(folder).items():
+    for name, measured in timed(benchmark, read_presets(folder)).items():
         cells = [name, f"{measured['size_mb']:.1f}"]
         for key in [*(f"batch_{batch}" for batch in batches), "pipeline"]:
             cells.append(f"{measured[key + '_ms']:.1f} ({measured[key + '_speedup']:.1f}x)")
@@ -185,12 +184,13 @@ def model_index(folder):
 
 def draw_f1_against_latency(folder, path):
     """Plots test F1 against the latency of one row of 384 tokens: the int8 presets, and lines where the peers stand."""
-    measured = timed(folder)
+    presets = read_presets(folder)
+    measured = timed(read_results(folder, "benchmark"), presets)
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    presets = [(name, read_results(folder, f"test-int8-{name}")) for name in read_presets(folder)]
+    scored = [(name, read_results(folder, f"test-int8-{name}")) for name in presets]
     points = [
         (measured[f"ours, int8, {name}"]["batch_1_ms"], scores["f1"], name)
-        for name, scores in presets
+        for name, scores in scored
         if scores and f"ours, int8, {name}" in measured
     ]
     axes.plot(*zip(*((x, y) for x, y, _ in points)), "o-", color="tab:blue", label="this model, int8, its presets")

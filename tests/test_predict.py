@@ -21,7 +21,7 @@ from recipe import predict as predict_module
 from recipe import predict_rows
 from recipe.predict import finished_parts, predict
 from recipe.predict_rows import Answered, Answerer, Job, answer_part, cut_into_parts, open_input
-from tests.kill_predict import check_rows, kill_and_resume, write_rows
+from tests.kill_predict import check_rows, children, kill_and_resume, write_rows
 
 COLUMNS = ("id", "question", "context")
 WORDS = "Ann Bob Cleo lives lived in near Berlin Paris Lima Oslo , . the naïve 東京 🙂 old".split()
@@ -534,7 +534,7 @@ def peaks(command):
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     highest = {}
     while process.poll() is None:
-        for status in [f"/proc/{process.pid}", *(f"/proc/{pid}" for pid in _children(process.pid))]:
+        for status in [f"/proc/{process.pid}", *(f"/proc/{pid}" for pid in children(process.pid))]:
             try:
                 lines = Path(status, "status").read_text().splitlines()
             except (FileNotFoundError, ProcessLookupError):
@@ -546,13 +546,6 @@ def peaks(command):
     process.stderr.close()
     parent = highest.pop(f"/proc/{process.pid}")
     return parent, max(highest.values())
-
-
-def _children(pid):
-    try:
-        return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except FileNotFoundError:
-        return []
 
 
 def test_memory_does_not_grow_with_the_input(tmp_path, tiny):
