@@ -28,7 +28,7 @@ from tqdm import tqdm
 from recipe.predict_rows import OUTPUTS, Job, Part, answer_part, answer_schema, cut_into_parts, open_input
 
 JOB_FILE = "job.json"
-ROW_GROUP_BYTES = 2**24  # of OUT, where it is Parquet
+ROW_GROUP_BYTES = 2**23  # of OUT, where it is Parquet
 
 
 def predict(job, output, workers=None, ray=None):
