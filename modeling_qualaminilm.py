@@ -27,6 +27,8 @@ from .quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear, atten
 
 # On a CPU a batch of more takes longer than its parts do: what a layer makes of it does not stay in the cache.
 CACHED_TOKENS = 8 * 384
+# Nor do attention's scores; of more, malloc gives the memory back to the system each time, and gets it anew.
+CACHED_SCORES = 1 << 22
 
 
 @dataclass
@@ -174,27 +176,37 @@ def bfloat16_attention(query, key, value, mask):
     """What `scaled_dot_product_attention` computes, on a CPU that multiplies bfloat16, in half of its time.
 
     Args:
-        query, key, value (bfloat16 `(batch, heads, queries or keys, size)`), mask (bfloat16, added to the scores, or
-            `None`).
+        query, key, value (bfloat16 `(batch, heads, queries or keys, size)`), mask (bfloat16 `(batch, 1, 1, keys)`, added
+            to the scores, or `None`).
 
     Returns:
         bfloat16 `(batch, heads, queries, size)`.
     """
+    batch, heads, queries, size = query.shape
+    keys = key.shape[2]
+    rows = max(1, CACHED_SCORES // (heads * queries * keys))
+    if batch > rows:
+        masks = [None] * batch if mask is None else mask.split(rows)
+        parts = zip(query.split(rows), key.split(rows), value.split(rows), masks)
+        return torch.cat([bfloat16_attention(*part) for part in parts])
+    # Heads side by side, as they come, take bmm a third longer than the copies; see `rounded_up` on what is added.
+    scores = add_tokens(query * (size**-0.5 / math.log(2))) @ add_tokens(key).transpose(-1, -2)
+    if mask is not None:
+        scores[..., :keys].add_(mask)
     # Powers of 2, in place, and no maximum taken off: each would be one more pass over the largest tensor of all.
-    powers = attention_scores(query, key, mask).exp2_()
-    total = powers.sum(-1, keepdim=True)
+    powers = scores.exp2_()
+    total = powers[..., :queries, :keys].sum(-1, keepdim=True)
     least, greatest = total.aminmax()
-    if least > 0 and greatest < math.inf:
-        return (powers @ value).div_(total)
-    return (attention_scores(query, key, mask) * math.log(2)).softmax(-1) @ value
+    if least.item() > 0 and greatest.item() < math.inf:
+        return (powers @ add_tokens(value))[..., :queries, :].div_(total)
+    scores = query * size**-0.5 @ key.transpose(-1, -2)
+    return (scores if mask is None else scores + mask).softmax(-1) @ value
 
 
-def attention_scores(query, key, mask):
-    """Scores to take powers of 2 of, (batch, heads, queries, keys)."""
-    # Heads side by side, as they come, take bmm a third longer than the copies.
-    query = (query * (query.shape[-1] ** -0.5 / math.log(2))).contiguous()
-    scores = query @ key.contiguous().transpose(-1, -2)
-    return scores if mask is None else scores.add_(mask)
+def add_tokens(states):
+    """`states` (batch, heads, tokens, size), with zeros for as many tokens as make a multiple of 16; contiguous."""
+    missing = -states.shape[2] % 16
+    return F.pad(states, (0, 0, 0, missing)) if missing else states.contiguous()
 
 
 def over_tokens(function, alive, *states):
@@ -285,15 +297,18 @@ class QuaLAMiniLMScorer(nn.Module):
         own = torch.cat((self.act_fn(features), match), -1)
         if alive is not None:
             own = own * alive[..., None]
-        around = self.act_fn(self.convolve(own.transpose(1, 2))).transpose(1, 2)
+        around = self.look_around(own)
         return self.out_proj(torch.cat((own, around), -1)).squeeze(-1)
 
-    def convolve(self, own):
-        """`self.neighbourhood` of (batch, channels, slots); in two dimensions oneDNN takes a fifth of the time."""
-        conv = self.neighbourhood
-        return F.conv2d(
+    def look_around(self, own):
+        """What the neighbourhood of each slot holds, (batch, slots, channels)."""
+        conv, slots = self.neighbourhood, own.shape[1]
+        own = F.pad(own, (0, 0, 0, -slots % 16)).transpose(1, 2)  # see `rounded_up`
+        # In two dimensions oneDNN takes a fifth of the time.
+        around = F.conv2d(
             own[:, :, None], conv.weight[:, :, None], conv.bias, padding=(0, self.REACH), groups=conv.groups
-        ).squeeze(2)
+        )
+        return self.act_fn(around).squeeze(2).transpose(1, 2)[:, :slots]
 
 
 class QuaLAMiniLMLayer(GradientCheckpointingLayer):
@@ -373,12 +388,12 @@ def select_slots(significance, alive, keep, training=False):
         slots (int64 `(batch, width)`, ascending; width is `max(keep)`, in training rounded up) and, where some slots
         are dead, which are alive (bool, same shape), else `None`.
     """
-    batch, slots = significance.shape
-    first = torch.zeros(batch, 1, dtype=torch.long, device=significance.device)
-    if alive is not None:
-        significance = significance.masked_fill(~alive, float("-inf"))
+    slots = significance.shape[1]
+    if alive is None:
+        significance = F.pad(significance[:, 1:], (1, 0), value=math.inf)
+    else:
         first = alive.byte().argmax(1, keepdim=True)
-    significance = significance.scatter(1, first, float("inf"))
+        significance = significance.masked_fill(~alive, -math.inf).scatter(1, first, math.inf)
     width = max(1, *keep)  # a batch of nothing but padding still needs a slot to run on
     if training:
         # oneDNN builds a kernel for each new width, and its bf16 products are twice as fast on multiples of 32.
@@ -394,8 +409,9 @@ def select_slots(significance, alive, keep, training=False):
 def take_slots(states, slots):
     """`states` (batch, slots, hidden) at `slots` (int64 (batch, k)): (batch, k, hidden)."""
     batch, width = states.shape[:2]
-    rows = slots + torch.arange(0, batch * width, width, device=slots.device)[:, None]
-    return F.embedding(rows, states.reshape(batch * width, -1))  # copies whole rows, as gather does not
+    if batch > 1:
+        slots = slots + torch.arange(0, batch * width, width, device=slots.device)[:, None]
+    return F.embedding(slots, states.reshape(batch * width, -1))  # copies whole rows, as gather does not
 
 
 class QuaLAMiniLMEncoder(nn.Module):

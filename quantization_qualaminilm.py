@@ -176,9 +176,14 @@ class Kernel:
         self.pack(torch.cat([linear.weight for linear in linears]), torch.cat([each.weight_scale for each in linears]))
 
     def quantize(self, hidden_states):
-        """float (..., in_features) to uint8 (..., in_features)."""
+        """float (..., in_features) to uint8 (..., in_features), with rows to spare behind it for [`rows_to_spare`]."""
         scaled = torch.addcmul(self.shift, hidden_states.float(), self.factor).clamp_(0, 255)
-        return scaled.to(torch.int16).to(torch.uint8)  # from float32 in one step takes torch twice as long
+        scaled = scaled.to(torch.int16)  # from float32 in one step takes torch twice as long
+        tokens, columns = scaled.shape[:-1].numel(), scaled.shape[-1]
+        if rounded_up(tokens) == tokens:
+            return scaled.to(torch.uint8)
+        quantized = scaled.new_empty(rounded_up(tokens) * columns, dtype=torch.uint8)
+        return quantized[: tokens * columns].view(scaled.shape).copy_(scaled)
 
     def gelu_for(self, quantized, following):
         """GELU of the product, as uint8 for the kernel `following`."""
@@ -203,8 +208,8 @@ class OneDNNKernel(Kernel):
         return self._product(quantized, following.input_scale, following.input_zero_point, torch.uint8, "gelu")
 
     def _product(self, quantized, output_scale, output_zero_point, dtype, post_op):
-        return torch.ops.onednn.qlinear_pointwise(
-            quantized,
+        product = torch.ops.onednn.qlinear_pointwise(
+            rows_to_spare(quantized),
             self.input_scale,
             self.input_zero_point,
             self.weight,
@@ -218,6 +223,8 @@ class OneDNNKernel(Kernel):
             [],
             "none",
         )
+        shape = quantized.shape[:-1]
+        return product[: shape.numel()].view(*shape, -1)
 
 
 class FloatKernel(Kernel):
@@ -231,6 +238,24 @@ class FloatKernel(Kernel):
         with torch.autocast(quantized.device.type, enabled=False):  # which would round the integers
             product = F.linear(quantized.float() - self.input_zero_point, self.weight)
         return torch.addcmul(self.bias, product, self.scale).to(dtype)
+
+
+def rounded_up(tokens):
+    """A number of tokens for which oneDNN has a kernel: it builds one for each number that it meets, which takes longer
+    than a layer does. Up to 512 they are multiples of 16; beyond, at most a sixteenth is added."""
+    return tokens + -tokens % max(16, 1 << max(0, tokens.bit_length() - 5))
+
+
+def rows_to_spare(quantized):
+    """`quantized` (uint8 (..., columns)) as [`rounded_up`] rows, (rows, columns), of which the last are anything."""
+    tokens, columns = quantized.shape[:-1].numel(), quantized.shape[-1]
+    rows = rounded_up(tokens)
+    if rows > tokens:
+        room = quantized.untyped_storage().nbytes() - quantized.storage_offset()
+        if quantized.is_contiguous() and room >= rows * columns:  # made by `quantize` or by a product
+            return quantized.as_strided((rows, columns), (columns, 1))
+        quantized = F.pad(quantized.reshape(tokens, columns), (0, 0, 0, rows - tokens))
+    return quantized.view(rows, columns)
 
 
 def neighbours(weight):

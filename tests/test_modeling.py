@@ -150,8 +150,10 @@ def test_a_batch_in_parts_is_the_whole_batch(case, tokens):
 
 @pytest.mark.parametrize("size", [1.0, 1e4])
 @pytest.mark.parametrize("masked", [False, True])
-def test_bfloat16_attention_is_torch_s_own(size, masked):
-    """With scores so large that powers of them overflow, too."""
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_bfloat16_attention_is_torch_s_own(size, masked, at_once, monkeypatch):
+    """With scores so large that powers of them overflow, too, and row by row."""
+    monkeypatch.setattr(modeling_qualaminilm, "CACHED_SCORES", at_once * 3 * 5 * 7)
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 3, n, 8).bfloat16() for n in (5, 7, 7))
     query = query * size

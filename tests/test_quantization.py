@@ -297,6 +297,27 @@ def test_a_processor_that_saturates_gets_the_exact_path():
     assert done.stdout.split() == ["OneDNNKernel", str(float(32 * 128 * 255))] and not done.stderr
 
 
+ANY_LENGTH = """
+import torch
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+model = QuaLAMiniLMForQuestionAnswering.from_pretrained(".").eval()
+with torch.inference_mode():
+    for tokens in range(40, 140):
+        model(torch.full((1, tokens), 2000), length_config="fastest")
+"""
+
+
+@has_qlinear
+def test_inputs_of_new_lengths_need_few_new_kernels():
+    """oneDNN says itself which it makes; were there some for each length, they would cost more than the layers do."""
+    environment = {**os.environ, "ONEDNN_VERBOSE": "2", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", ANY_LENGTH], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+    )
+    found = done.stdout.count("create:cache_hit"), done.stdout.count("create:cache_miss")
+    assert found[0] > 2000 and found[1] < 300
+
+
 @has_qlinear
 @given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 40), st.integers(0, 2**31))
 @settings(max_examples=40, deadline=None)
