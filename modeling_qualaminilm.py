@@ -176,8 +176,8 @@ def bfloat16_attention(query, key, value, mask):
     """What `scaled_dot_product_attention` computes, on a CPU that multiplies bfloat16, in half of its time.
 
     Args:
-        query, key, value (bfloat16 `(batch, heads, queries or keys, size)`), mask (bfloat16 `(batch, 1, 1, keys)`, added
-            to the scores, or `None`).
+        query, key, value (bfloat16 `(batch, heads, queries or keys, size)`).
+        mask (bfloat16 `(batch, 1, 1, keys)` or `None`): added to the scores.
 
     Returns:
         bfloat16 `(batch, heads, queries, size)`.

@@ -54,7 +54,8 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         an iterator for a generator or `Dataset`.
 
     Raises:
-        ValueError: an empty question or context, one that is `None` or no text, or an argument out of range, naming it.
+        ValueError: an empty or blank question or context, one that is `None` or no text, or an argument out of range,
+            naming it.
         KeyError: a dict without `question` or `context`.
     """
 
@@ -197,6 +198,8 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             if isinstance(text, str):
                 if not text:
                     raise ValueError(f"`{name}` cannot be empty")
+                if name == "question" and text.isspace():
+                    raise ValueError(f"`question` holds no text: {text[:50]!r}")
                 try:
                     text.encode()
                 except UnicodeEncodeError as error:

@@ -123,6 +123,8 @@ def at_fault(qa, call, length_config_is_legal):
         text = call[name]
         if not isinstance(text, str) or not text or any(unicodedata.category(letter) == "Cs" for letter in text):
             fault.add(name)
+    if isinstance(call["question"], str) and call["question"].isspace():
+        fault.add("question")
     least = {"top_k": 1, "max_answer_len": 1, "max_question_len": 1, "max_seq_len": 1, "doc_stride": 0, "batch_size": 1}
     for name in least:
         if call[name] is not None and not is_int(call[name], least[name]):
