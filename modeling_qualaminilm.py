@@ -110,7 +110,7 @@ class QuaLAMiniLMEmbeddings(nn.Module):
         if self.roberta and input_ids is not None:
             real = input_ids.ne(self.padding_idx).long()
             return real.cumsum(1) * real + self.padding_idx
-        return torch.arange(first, first + shape[1], device=device).expand(shape)
+        return torch.arange(first, first + shape[1], device=device)[None]
 
 
 class QuaLAMiniLMSelfAttention(nn.Module):
