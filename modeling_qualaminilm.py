@@ -27,7 +27,7 @@ from .quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear, atten
 
 # On a CPU a batch of more takes longer than its parts do: what a layer makes of it does not stay in the cache.
 CACHED_TOKENS = 8 * 384
-# Nor do attention's scores; of more, malloc gives the memory back to the system each time, and gets it anew.
+# So many attention scores at once: more leave the cache, and malloc may give their memory back to the system each time.
 CACHED_SCORES = 1 << 22
 
 
@@ -103,6 +103,7 @@ class QuaLAMiniLMEmbeddings(nn.Module):
         return self.dropout(self.LayerNorm(embeddings.to(self.LayerNorm.weight.dtype)))
 
     def _position_ids(self, input_ids, shape, device):
+        """int64 (batch, sequence); (1, sequence) where all rows have the same."""
         first = self.first_position
         room = self.position_embeddings.num_embeddings - first
         if shape[1] > room:
@@ -189,7 +190,7 @@ def bfloat16_attention(query, key, value, mask):
         masks = [None] * batch if mask is None else mask.split(rows)
         parts = zip(query.split(rows), key.split(rows), value.split(rows), masks)
         return torch.cat([bfloat16_attention(*part) for part in parts])
-    # Heads side by side, as they come, take bmm a third longer than the copies; see `rounded_up` on what is added.
+    # Heads side by side, as they come, take bmm a third longer than the copies.
     scores = add_tokens(query * (size**-0.5 / math.log(2))) @ add_tokens(key).transpose(-1, -2)
     if mask is not None:
         scores[..., :keys].add_(mask)
@@ -204,8 +205,9 @@ def bfloat16_attention(query, key, value, mask):
 
 
 def add_tokens(states):
-    """`states` (batch, heads, tokens, size), with zeros for as many tokens as make a multiple of 16; contiguous."""
-    missing = -states.shape[2] % 16
+    """`states` (..., tokens, size) with zeros for more tokens, up to a multiple of 16, contiguous: for each number of
+    tokens that it meets oneDNN builds a kernel, and takes longer for it than for a layer."""
+    missing = -states.shape[-2] % 16
     return F.pad(states, (0, 0, 0, missing)) if missing else states.contiguous()
 
 
@@ -302,13 +304,12 @@ class QuaLAMiniLMScorer(nn.Module):
 
     def look_around(self, own):
         """What the neighbourhood of each slot holds, (batch, slots, channels)."""
-        conv, slots = self.neighbourhood, own.shape[1]
-        own = F.pad(own, (0, 0, 0, -slots % 16)).transpose(1, 2)  # see `rounded_up`
+        conv, channels_first = self.neighbourhood, add_tokens(own).transpose(1, 2)
         # In two dimensions oneDNN takes a fifth of the time.
         around = F.conv2d(
-            own[:, :, None], conv.weight[:, :, None], conv.bias, padding=(0, self.REACH), groups=conv.groups
+            channels_first[:, :, None], conv.weight[:, :, None], conv.bias, padding=(0, self.REACH), groups=conv.groups
         )
-        return self.act_fn(around).squeeze(2).transpose(1, 2)[:, :slots]
+        return self.act_fn(around).squeeze(2).transpose(1, 2)[:, : own.shape[1]]
 
 
 class QuaLAMiniLMLayer(GradientCheckpointingLayer):

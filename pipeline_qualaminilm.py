@@ -199,7 +199,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
                 if not text:
                     raise ValueError(f"`{name}` cannot be empty")
                 if name == "question" and text.isspace():
-                    raise ValueError(f"`question` holds no text: {text[:50]!r}")
+                    raise ValueError(f"`question` is nothing but white space: {text[:50]!r}")
                 try:
                     text.encode()
                 except UnicodeEncodeError as error:

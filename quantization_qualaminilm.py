@@ -180,8 +180,6 @@ class Kernel:
         scaled = torch.addcmul(self.shift, hidden_states.float(), self.factor).clamp_(0, 255)
         scaled = scaled.to(torch.int16)  # from float32 in one step takes torch twice as long
         tokens, columns = scaled.shape[:-1].numel(), scaled.shape[-1]
-        if rounded_up(tokens) == tokens:
-            return scaled.to(torch.uint8)
         quantized = scaled.new_empty(rounded_up(tokens) * columns, dtype=torch.uint8)
         return quantized[: tokens * columns].view(scaled.shape).copy_(scaled)
 
@@ -224,7 +222,7 @@ class OneDNNKernel(Kernel):
             "none",
         )
         shape = quantized.shape[:-1]
-        return product[: shape.numel()].view(*shape, -1)
+        return product[: shape.numel()].view(*shape, product.shape[-1])
 
 
 class FloatKernel(Kernel):
@@ -241,21 +239,20 @@ class FloatKernel(Kernel):
 
 
 def rounded_up(tokens):
-    """A number of tokens for which oneDNN has a kernel: it builds one for each number that it meets, which takes longer
-    than a layer does. Up to 512 they are multiples of 16; beyond, at most a sixteenth is added."""
+    """One of few numbers, at least `tokens`: oneDNN builds a kernel for each number of rows that it meets, and takes
+    longer for it than for a layer. Up to 512 they are multiples of 16; beyond, less than a sixteenth is added."""
     return tokens + -tokens % max(16, 1 << max(0, tokens.bit_length() - 5))
 
 
 def rows_to_spare(quantized):
-    """`quantized` (uint8 (..., columns)) as [`rounded_up`] rows, (rows, columns), of which the last are anything."""
+    """`quantized` (uint8 (..., columns)) as [`rounded_up`] rows, (rows, columns), to be read only. The last are
+    whatever stands in memory there; what is made of them is to be cut off."""
     tokens, columns = quantized.shape[:-1].numel(), quantized.shape[-1]
     rows = rounded_up(tokens)
-    if rows > tokens:
-        room = quantized.untyped_storage().nbytes() - quantized.storage_offset()
-        if quantized.is_contiguous() and room >= rows * columns:  # made by `quantize` or by a product
-            return quantized.as_strided((rows, columns), (columns, 1))
-        quantized = F.pad(quantized.reshape(tokens, columns), (0, 0, 0, rows - tokens))
-    return quantized.view(rows, columns)
+    room = quantized.untyped_storage().nbytes() - quantized.storage_offset()
+    if quantized.is_contiguous() and room >= rows * columns:  # made by `quantize` or by a product
+        return quantized.as_strided((rows, columns), (columns, 1))
+    return F.pad(quantized.reshape(tokens, columns), (0, 0, 0, rows - tokens))
 
 
 def neighbours(weight):

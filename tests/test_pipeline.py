@@ -291,7 +291,7 @@ def test_every_form_of_call_does_what_the_built_in_does(qa, built_in, call):
         ({"context": "\ud800 is a lone surrogate"}, {}, "`context` is not valid Unicode text"),
         ({"question": "what is \udfff?"}, {}, "`question` is not valid Unicode text"),
         ({"context": " \n\t "}, {}, "`context` holds no text"),
-        ({"question": " \n\u2003 "}, {}, "`question` holds no text"),
+        ({"question": " \n\u2003 "}, {}, "`question` is nothing but white space"),
         (
             {"context": CONTEXT * 20},
             {"max_seq_len": 40, "doc_stride": 33},
