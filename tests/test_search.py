@@ -46,7 +46,11 @@ def test_survivors_are_never_worse_than_what_did_not_survive(candidates, at_leas
 @given(st.lists(st.floats(0, 0.99), min_size=3, max_size=3))
 def test_every_candidate_is_a_legal_length_config(drops):
     trial = optuna.trial.FixedTrial({f"drop_{layer}": drop for layer, drop in enumerate(drops)})
-    tiny_config().token_lengths(search.draw_length_config(trial, [0.99] * 3))
+    shares = search.draw_length_config(trial, [0.99] * 3)
+    tiny_config().token_lengths(shares)
+    for entering, handed_on, drop in zip([1.0, *shares], shares, drops):
+        assert (handed_on == entering) == (drop < 0.1) or handed_on == 0.001
+        assert handed_on == entering or handed_on <= entering * 0.9 + 0.001
 
 
 def candidate(f1, share):
