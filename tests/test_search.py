@@ -49,7 +49,7 @@ def test_every_candidate_is_a_legal_length_config(drops):
     shares = search.draw_length_config(trial, [0.99] * 3)
     tiny_config().token_lengths(shares)
     for entering, handed_on, drop in zip([1.0, *shares], shares, drops):
-        assert (handed_on == entering) == (drop < 0.1) or handed_on == 0.001
+        assert (handed_on == entering) == (drop < 0.1) or entering < 0.05  # where three decimals are few
         assert handed_on == entering or handed_on <= entering * 0.9 + 0.001
 
 
