@@ -305,6 +305,8 @@ class QuaLAMiniLMScorer(nn.Module):
     def look_around(self, own):
         """What the neighbourhood of each slot holds, (batch, slots, channels)."""
         conv, channels_first = self.neighbourhood, add_tokens(own).transpose(1, 2)
+        if conv.groups <= 16:  # of so few channels, token by token, in bfloat16, oneDNN's kernel may never return
+            channels_first = channels_first.contiguous()
         # In two dimensions oneDNN takes a fifth of the time.
         around = F.conv2d(
             channels_first[:, :, None], conv.weight[:, :, None], conv.bias, padding=(0, self.REACH), groups=conv.groups
