@@ -13,6 +13,7 @@ from pathlib import Path
 import datasets
 import torch
 from torch.ao.quantization import HistogramObserver
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
@@ -68,6 +69,36 @@ class Values:
         low, high = min(low, 0.0), max(high, 0.0)
         scale = max((high - low) / 255, torch.finfo(torch.float32).tiny)
         return scale, round(-low / scale)
+
+
+class GreatestScores:
+    """What the greatest score of each query of an attention layer follows from the query alone.
+
+    A vector that is taken from every key takes a number from all scores of a query, which changes no softmax. Where
+    that number is about the greatest of them, those that count are near 0: bfloat16, which keeps 8 digits, then tells
+    them apart, and their powers do not overflow.
+    """
+
+    def __init__(self, attention):
+        self.attention = attention
+        self.squares, self.products = 0.0, 0.0
+
+    def see(self, inputs):
+        """`inputs` (tokens, hidden): of one window."""
+        query, key = (
+            F.linear(inputs, layer.weight, layer.bias).unflatten(-1, (self.attention.num_attention_heads, -1))
+            for layer in (self.attention.query, self.attention.key)
+        )
+        query, key = query.transpose(0, 1).double(), key.transpose(0, 1).double()
+        greatest = (query @ key.mT).amax(-1, keepdim=True)
+        self.squares = self.squares + query.mT @ query
+        self.products = self.products + query.mT @ greatest
+
+    @property
+    def shift(self):
+        """What to take from every key, (hidden,): by least squares, each query's product with it is its greatest
+        score."""
+        return (torch.linalg.pinv(self.squares, rtol=1e-6, hermitian=True) @ self.products).flatten().float()
 
 
 def observe(model, rows, see):
@@ -130,7 +161,17 @@ def quantize(model, rows, clipping="mse", migration=0.8, correct_bias=True):
             arXiv:1906.04721, section 4.2).
     """
     features, values = defaultdict(Features), defaultdict(Values)
-    observe(model, rows, lambda name, inputs: features[name].see(inputs))
+    scores = {
+        f"bert.encoder.layer.{i}.attention.self": GreatestScores(layer.attention.self)
+        for i, layer in enumerate(model.bert.encoder.layer)
+    }
+
+    def see(name, inputs):
+        features[name].see(inputs)
+        if name.endswith(".self.query"):
+            scores[name.removesuffix(".query")].see(inputs)
+
+    observe(model, rows, see)
     smoothing = {} if migration is None else smoothings(model, features, migration)
     observe(model, rows, lambda name, inputs: values[name].see(inputs / smoothing.get(name, 1.0)))
     for i in range(model.config.num_hidden_layers):
@@ -156,9 +197,8 @@ def quantize(model, rows, clipping="mse", migration=0.8, correct_bias=True):
             module.bias.copy_(floats[name].bias.detach())
             if correct_bias:
                 module.bias += (floats[name].weight.detach() - module.dequantized_weight()) @ features[name].mean
-            if name.endswith(".attention.self.key"):
-                # What all keys share changes no softmax, but takes digits of the scores, which may be bfloat16.
-                module.bias -= floats[name].weight.detach() @ features[name].mean + floats[name].bias.detach()
+            if name.endswith(".self.key"):
+                module.bias -= scores[name.removesuffix(".key")].shift
     weights = model.state_dict()
     quantized.load_state_dict({name: weights[name] for name, _ in quantized.named_parameters()}, strict=False)
     return quantized

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -194,18 +195,28 @@ def test_mean_output_is_corrected_for_rounded_weights():
     assert (uncorrected - expected).abs().max() > 1e-4
 
 
-def test_keys_are_centred_and_attention_is_none_the_less_the_same():
-    model, quantized = int8_model()
-    input_ids, _ = right_padded(model.config, [30] * 8)
-    states = model(input_ids, output_hidden_states=True).hidden_states[0].flatten(0, 1)
-    exact, rounded = (each.bert.encoder.layer[0].attention.self for each in (model, quantized))
-    exact_key, rounded_key = (each.key.to(torch.float32)(states) for each in (exact, rounded))
-    assert exact_key.mean(0).abs().max() > 0.1
-    assert rounded_key.mean(0).abs().max() < 0.02  # what rounding the input leaves
-    torch.testing.assert_close(rounded_key - rounded_key.mean(0), exact_key - exact_key.mean(0), atol=0.1, rtol=0)
-    query = exact.query(states[:5])
-    attention = [(query @ key.T).softmax(-1) for key in (rounded_key, rounded_key + exact_key.mean(0))]
-    torch.testing.assert_close(*attention, atol=1e-5, rtol=0)
+def test_keys_are_shifted_so_that_scores_that_count_are_near_zero_and_attention_stays_the_same():
+    torch.manual_seed(0)
+    model = QuaLAMiniLMForQuestionAnswering(tiny_config(hidden_size=16, num_attention_heads=2)).eval()
+    exact = model.bert.encoder.layer[0].attention.self
+    with torch.no_grad():
+        for layer in (exact.query, exact.key):
+            layer.bias.fill_(2.0)
+    input_ids, _ = right_padded(model.config, [60] * 8)
+    rows = [{"input_ids": ids, "token_type_ids": [0] * len(ids)} for ids in input_ids.tolist()]
+    rounded = quantize(model, rows, correct_bias=False).bert.encoder.layer[0].attention.self
+    with torch.no_grad():
+        states = model.bert.embeddings(input_ids, None, None, None)
+        query, key = (layer(states).unflatten(-1, (2, 8)).transpose(1, 2) for layer in (exact.query, exact.key))
+        shift = (exact.key.bias - rounded.key.bias).unflatten(0, (2, 8))
+    scores = query @ key.transpose(-1, -2)
+    shifted = query @ (key - shift[:, None]).transpose(-1, -2)
+    for head in range(2):
+        queries, greatest = query[:, head].flatten(0, 1), scores[:, head].amax(-1).flatten()
+        nearest = np.linalg.lstsq(queries.numpy(), greatest.numpy(), rcond=None)[0]
+        torch.testing.assert_close(shift[head], torch.from_numpy(nearest), atol=1e-3, rtol=1e-3)
+    assert shifted.amax(-1).square().mean() < 0.5 * scores.amax(-1).square().mean()
+    torch.testing.assert_close(shifted.softmax(-1), scores.softmax(-1), atol=1e-4, rtol=0)
 
 
 def test_clipping():
