@@ -72,7 +72,7 @@ class Values:
 
 
 class GreatestScores:
-    """What the greatest score of each query of an attention layer follows from the query alone.
+    """How much of the greatest score of each query of an attention layer follows from the query alone.
 
     A vector that is taken from every key takes a number from all scores of a query, which changes no softmax. Where
     that number is about the greatest of them, those that count are near 0: bfloat16, which keeps 8 digits, then tells
@@ -161,15 +161,15 @@ def quantize(model, rows, clipping="mse", migration=0.8, correct_bias=True):
             arXiv:1906.04721, section 4.2).
     """
     features, values = defaultdict(Features), defaultdict(Values)
-    scores = {
-        f"bert.encoder.layer.{i}.attention.self": GreatestScores(layer.attention.self)
+    greatest_scores = {
+        f"bert.encoder.layer.{i}.attention.self.key": GreatestScores(layer.attention.self)
         for i, layer in enumerate(model.bert.encoder.layer)
     }
 
     def see(name, inputs):
         features[name].see(inputs)
-        if name.endswith(".self.query"):
-            scores[name.removesuffix(".query")].see(inputs)
+        if name in greatest_scores:
+            greatest_scores[name].see(inputs)
 
     observe(model, rows, see)
     smoothing = {} if migration is None else smoothings(model, features, migration)
@@ -197,8 +197,8 @@ def quantize(model, rows, clipping="mse", migration=0.8, correct_bias=True):
             module.bias.copy_(floats[name].bias.detach())
             if correct_bias:
                 module.bias += (floats[name].weight.detach() - module.dequantized_weight()) @ features[name].mean
-            if name.endswith(".self.key"):
-                module.bias -= scores[name.removesuffix(".key")].shift
+            if name in greatest_scores:
+                module.bias -= greatest_scores[name].shift
     weights = model.state_dict()
     quantized.load_state_dict({name: weights[name] for name, _ in quantized.named_parameters()}, strict=False)
     return quantized
