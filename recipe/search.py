@@ -6,8 +6,6 @@ search that was stopped goes on, and to the same front, when the same command is
 """
 
 import argparse
-import itertools
-import math
 from functools import partial
 from pathlib import Path
 
@@ -32,8 +30,8 @@ from recipe.evaluate import ROOT, answer_all, score
 from recipe.presets import describe_preset, describe_scores
 from recipe.results import describe_run, save_figure, write_json
 
-# From the dearest to the cheapest; "full" comes before them.
-PRESET_NAMES = ("accurate", "balanced", "fast", "fastest")
+# Presets beside the full model, dearest first, and the share of its MACs that each may take.
+PRESETS = {"accurate": 0.7, "balanced": 0.6, "fast": 0.5, "fastest": 0.4}
 FULL = "full"
 # Choosing tokens takes about a tenth of the time of a layer's work: a layer that would drop a smaller share drops none.
 LEAST_DROP = 0.1
@@ -121,8 +119,8 @@ def best_of(candidates, at_least):
 
 
 def place_presets(full, candidates):
-    """Presets evenly placed along the front, `"full"` first and the cheapest last: the factors by which MACs shrink
-    from one to the next are as equal as the front allows (least sum of their squared logarithms).
+    """Presets evenly placed along the front: `"full"` first, then for each of [`PRESETS`] the candidate of most F1 that
+    its share of the MACs pays for, and that is cheaper than the preset before it.
 
     Args:
         full, candidates: what was measured on all questions, as by [`measured`].
@@ -131,20 +129,19 @@ def place_presets(full, candidates):
         `dict`, name -> candidate.
 
     Raises:
-        ValueError: the front has too few candidates to place different presets.
+        ValueError: there is no such candidate.
     """
-    best = front(candidates)[::-1]
-    if len(best) < len(PRESET_NAMES):
-        raise ValueError(
-            f"the front has {len(best)} candidates, too few for {len(PRESET_NAMES)} presets; search longer"
-        )
-
-    def unevenness(between):
-        shares = [each["macs_share"] for each in (full, *between, best[-1])]
-        return sum(math.log(dearer / cheaper) ** 2 for dearer, cheaper in itertools.pairwise(shares))
-
-    between = min(itertools.combinations(best[:-1], len(PRESET_NAMES) - 1), key=unevenness)
-    return {FULL: full, **dict(zip(PRESET_NAMES, (*between, best[-1])))}
+    presets, cheaper = {FULL: full}, candidates
+    for name, share in PRESETS.items():
+        within = [each for each in front(cheaper) if each["macs_share"] <= share]
+        if not within:
+            raise ValueError(
+                f"no candidate is left for {name!r}, at most {share} of the MACs; search longer, or allow presets to "
+                "lose more (--max_preset_loss)"
+            )
+        presets[name] = within[-1]
+        cheaper = [each for each in candidates if each["macs_share"] < within[-1]["macs_share"]]
+    return presets
 
 
 def loss(candidate, full):

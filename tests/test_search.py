@@ -57,28 +57,21 @@ def candidate(f1, share):
     return {"f1": f1, "macs_share": share, "length_config": [share] * 3}
 
 
-def test_presets_shrink_by_factors_as_equal_as_the_front_allows():
+def test_presets_are_the_best_that_their_shares_of_the_macs_pay_for():
     full = candidate(80, 1.0)
-    front = [candidate(70, 0.16), candidate(75, 0.3), candidate(78, 0.41), candidate(79, 0.6), candidate(79.5, 0.8)]
-    # From 1 to 0.16 in four equal steps: 0.632, 0.4, 0.253, 0.16.
-    worse = [candidate(77, 0.38), candidate(60, 0.62), candidate(74, 0.25)]
-    presets = search.place_presets(full, [*worse, *front])
-    assert {name: preset["macs_share"] for name, preset in presets.items()} == {
-        "full": 1.0,
-        "accurate": 0.6,
-        "balanced": 0.38,
-        "fast": 0.25,
-        "fastest": 0.16,
-    }
-    # Twins on the front do not make two presets.
-    shares = [0.42, 0.45, 0.499, 0.5, 0.6]
-    presets = search.place_presets(full, [candidate(70 + i, share) for i, share in enumerate(shares)])
-    assert [preset["macs_share"] for preset in presets.values()] == [1.0, 0.6, 0.5, 0.45, 0.42]
-    # Where the front has gaps presets still differ.
-    presets = search.place_presets(full, front[:4])
-    assert [preset["macs_share"] for preset in presets.values()] == [1.0, 0.6, 0.41, 0.3, 0.16]
-    with pytest.raises(ValueError, match="the front has 3 candidates, too few for 4 presets"):
-        search.place_presets(full, front[:3])
+
+    def placed(*candidates):
+        return {name: preset["macs_share"] for name, preset in search.place_presets(full, candidates).items()}
+
+    front = [candidate(70, 0.36), candidate(75, 0.4), candidate(78, 0.55), candidate(79, 0.6), candidate(79.5, 0.65)]
+    worse = [candidate(74, 0.39), candidate(60, 0.7), candidate(72, 0.5)]
+    assert placed(*worse, *front) == {"full": 1.0, "accurate": 0.65, "balanced": 0.6, "fast": 0.4, "fastest": 0.39}
+    # What costs less may be better too; no candidate becomes two presets.
+    best = candidate(81, 0.45)
+    expected = {"full": 1.0, "accurate": 0.45, "balanced": 0.4, "fast": 0.36, "fastest": 0.3}
+    assert placed(best, candidate(65, 0.3), *front) == expected
+    with pytest.raises(ValueError, match="no candidate is left for 'fastest', at most 0.4 of the MACs"):
+        placed(*front[2:], candidate(70, 0.45))
 
 
 def command(folder, city_file, *options):
@@ -122,7 +115,7 @@ def test_a_search_killed_at_a_random_moment_ends_with_the_same_front(tmp_path, c
     assert len(first["candidates"]) == 24 and len(first["survivors"]) >= 5
 
     config = QuaLAMiniLMConfig.from_pretrained(killed)
-    assert list(config.length_presets) == ["full", *search.PRESET_NAMES]
+    assert list(config.length_presets) == ["full", *search.PRESETS]
     for name, preset in config.length_presets.items():
         assert preset["validation"]["f1"] == pytest.approx(first["presets"][name]["f1"], abs=0.01)
         assert config.token_lengths({"max_macs": preset["macs_share"]})
