@@ -30,8 +30,9 @@ from recipe.evaluate import ROOT, answer_all, score
 from recipe.presets import describe_preset, describe_scores
 from recipe.results import describe_run, save_figure, write_json
 
-# Presets beside the full model, dearest first, and the share of its MACs that each may take.
-PRESETS = {"accurate": 0.7, "balanced": 0.6, "fast": 0.5, "fastest": 0.4}
+# From the dearest to the cheapest; "full" comes before them.
+PRESET_NAMES = ("accurate", "balanced", "fast", "fastest")
+PRESET_SHARES = (0.7, 0.6, 0.5, 0.4)
 FULL = "full"
 # Choosing tokens takes about a tenth of the time of a layer's work: a layer that would drop a smaller share drops none.
 LEAST_DROP = 0.1
@@ -118,12 +119,13 @@ def best_of(candidates, at_least):
     return kept
 
 
-def place_presets(full, candidates):
-    """Presets evenly placed along the front: `"full"` first, then for each of [`PRESETS`] the candidate of most F1 that
-    its share of the MACs pays for, and that is cheaper than the preset before it.
+def place_presets(full, candidates, shares=PRESET_SHARES):
+    """Presets evenly placed along the front: `"full"` first, then for each of `shares` the candidate of most F1 that
+    has at most this share of the MACs, and less than the preset before it.
 
     Args:
         full, candidates: what was measured on all questions, as by [`measured`].
+        shares: one number for each of [`PRESET_NAMES`].
 
     Returns:
         `dict`, name -> candidate.
@@ -132,12 +134,12 @@ def place_presets(full, candidates):
         ValueError: there is no such candidate.
     """
     presets, cheaper = {FULL: full}, candidates
-    for name, share in PRESETS.items():
+    for name, share in zip(PRESET_NAMES, shares):
         within = [each for each in front(cheaper) if each["macs_share"] <= share]
         if not within:
             raise ValueError(
-                f"no candidate is left for {name!r}, at most {share} of the MACs; search longer, or allow presets to "
-                "lose more (--max_preset_loss)"
+                f"no candidate is left for {name!r}, at most {share} of the MACs; search longer, or give other "
+                "--preset_shares or a larger --max_preset_loss"
             )
         presets[name] = within[-1]
         cheaper = [each for each in candidates if each["macs_share"] < within[-1]["macs_share"]]
@@ -261,6 +263,13 @@ def main():
     parser.add_argument(
         "--max_preset_loss", type=float, default=3.0, help="F1 that presets may lose, on all questions (%(default)s)"
     )
+    parser.add_argument(
+        "--preset_shares",
+        type=float,
+        nargs=len(PRESET_NAMES),
+        default=PRESET_SHARES,
+        help=f"share of the MACs that each preset may take, of {', '.join(PRESET_NAMES)} (%(default)s)",
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="windows a batch (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--output", default="results/search.json", help="results file to write (%(default)s)")
@@ -294,7 +303,7 @@ def main():
     within = within_loss(scored, full_on_all, arguments.max_preset_loss)
     print(f"Front on all {len(questions)} validation questions:\n{describe_front([*within, full_on_all], full_on_all)}")
 
-    presets = place_presets(full_on_all, within)
+    presets = place_presets(full_on_all, within, arguments.preset_shares)
     report = {
         "settings": settings,
         "questions": len(questions),

@@ -80,7 +80,7 @@ def command(folder, city_file, *options):
         tiny_folder(folder)
     options = ["--model", folder, "--data", city_file, "--study", folder / "search.sqlite3", "--seed", 3, *options]
     options += ["--candidates", 24, "--population", 6, "--subset", 6, "--max_loss", 100, "--max_preset_loss", 100]
-    options += ["--length_drop_ratio_bound", 0.9]
+    options += ["--length_drop_ratio_bound", 0.9, "--preset_shares", 0.7, 0.63, 0.6, 0.57]
     options += ["--survivors", 5, "--output", folder / "search.json", "--plot", folder / "pareto.png"]
     return [sys.executable, "-m", "recipe.search", *map(str, options)]
 
@@ -115,7 +115,7 @@ def test_a_search_killed_at_a_random_moment_ends_with_the_same_front(tmp_path, c
     assert len(first["candidates"]) == 24 and len(first["survivors"]) >= 5
 
     config = QuaLAMiniLMConfig.from_pretrained(killed)
-    assert list(config.length_presets) == ["full", *search.PRESETS]
+    assert list(config.length_presets) == ["full", *search.PRESET_NAMES]
     for name, preset in config.length_presets.items():
         assert preset["validation"]["f1"] == pytest.approx(first["presets"][name]["f1"], abs=0.01)
         assert config.token_lengths({"max_macs": preset["macs_share"]})
