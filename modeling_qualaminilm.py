@@ -7,6 +7,7 @@ Inside the encoder the tokens that are still on their way stand in *slots*: a (b
 tokens in ascending order of position, rows with fewer tokens ending in dead slots.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from .quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear, atten
 # On a CPU a batch of more takes longer than its parts do: what a layer makes of it does not stay in the cache.
 CACHED_TOKENS = 8 * 384
 # So many attention scores at once: more leave the cache, and malloc may give their memory back to the system each time.
-CACHED_SCORES = 1 << 22
+CACHED_SCORES = 1 << 21
 
 
 @dataclass
@@ -148,7 +149,8 @@ class QuaLAMiniLMSelfAttention(nn.Module):
                 context = self.dropout(probabilities) @ value
         elif isinstance(self.query, QuantizedLinear) and query.dtype == torch.bfloat16:
             probabilities = None
-            context = bfloat16_attention(query, key, value, mask)
+            masks = () if mask is None else (mask,)
+            context = over_rows(bfloat16_attention, CACHED_SCORES, query, key, value, *masks)
         else:
             probabilities = None
             context = F.scaled_dot_product_attention(
@@ -173,7 +175,23 @@ class QuaLAMiniLMSelfAttention(nn.Module):
         return projected.split([layer.out_features for layer in layers], -1)
 
 
-def bfloat16_attention(query, key, value, mask):
+def over_rows(function, limit, query, key, *others):
+    """`function` of `query` (batch, heads, queries, size), `key` (batch, heads, keys, size) and `others` (batch, ...),
+    by so few rows at once that their products have at most `limit` numbers, if that can be."""
+    batch, heads, queries, _ = query.shape
+    rows = max(1, limit // (heads * queries * key.shape[2]))
+    if query.device.type != "cpu" or batch <= rows:
+        return function(query, key, *others)
+    return torch.cat([function(*part) for part in zip(*(each.split(rows) for each in (query, key, *others)))])
+
+
+def greatest_match(matched, gated):
+    """The greatest product of each token's vector in `matched` with any in `gated`, both (batch, heads, tokens, size):
+    (batch, heads, tokens)."""
+    return (matched @ gated.transpose(-1, -2)).amax(-1)
+
+
+def bfloat16_attention(query, key, value, mask=None):
     """What `scaled_dot_product_attention` computes, on a CPU that multiplies bfloat16, in half of its time.
 
     Args:
@@ -183,13 +201,8 @@ def bfloat16_attention(query, key, value, mask):
     Returns:
         bfloat16 `(batch, heads, queries, size)`.
     """
-    batch, heads, queries, size = query.shape
+    queries, size = query.shape[2:]
     keys = key.shape[2]
-    rows = max(1, CACHED_SCORES // (heads * queries * keys))
-    if batch > rows:
-        masks = [None] * batch if mask is None else mask.split(rows)
-        parts = zip(query.split(rows), key.split(rows), value.split(rows), masks)
-        return torch.cat([bfloat16_attention(*part) for part in parts])
     # Heads side by side, as they come, take bmm a third longer than the copies.
     scores = add_tokens(query * (size**-0.5 / math.log(2))) @ add_tokens(key).transpose(-1, -2)
     if mask is not None:
@@ -237,7 +250,7 @@ class QuaLAMiniLMResidual(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states, input_tensor):
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)).to(input_tensor.dtype) + input_tensor)
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)).to(input_tensor.dtype).add_(input_tensor))
 
 
 class QuaLAMiniLMAttention(nn.Module):
@@ -295,7 +308,7 @@ class QuaLAMiniLMScorer(nn.Module):
         if alive is not None:
             gate = gate * alive[..., None]
         gated = matched * gate.transpose(1, 2)[..., None]
-        match = (matched @ gated.transpose(-1, -2)).amax(-1).transpose(1, 2)
+        match = over_rows(greatest_match, CACHED_SCORES // 2, matched, gated).transpose(1, 2)
         own = torch.cat((self.act_fn(features), match), -1)
         if alive is not None:
             own = own * alive[..., None]
@@ -422,26 +435,10 @@ class QuaLAMiniLMEncoder(nn.Module):
         super().__init__()
         self.layer = nn.ModuleList([QuaLAMiniLMLayer(config) for _ in range(config.num_hidden_layers)])
 
-    def forward(self, hidden_states, real, lengths, with_maps, output_hidden_states, output_kept_tokens):
+    def forward(self, hidden_states, real, lengths, head, with_maps, output_hidden_states, output_kept_tokens):
         batch, length = hidden_states.shape[:2]
-        rows = max(1, CACHED_TOKENS // length)
-        whole = hidden_states.device.type != "cpu" or torch.is_grad_enabled() or with_maps or output_hidden_states
-        if whole or batch <= rows:
-            return self.run(hidden_states, real, lengths, with_maps, output_hidden_states, output_kept_tokens)
-        parts = []
-        for first in range(0, batch, rows):
-            some = slice(first, first + rows)
-            alive = None if real is None or real[some].all() else real[some]
-            parts.append(self.run(hidden_states[some], alive, lengths, False, False, output_kept_tokens))
-        return QuaLAMiniLMModelOutput(
-            last_hidden_state=torch.cat([part.last_hidden_state for part in parts]),
-            kept_tokens=tuple(map(stack_kept, zip(*(part.kept_tokens for part in parts))))
-            if output_kept_tokens
-            else None,
-        )
-
-    def run(self, hidden_states, real, lengths, with_maps, output_hidden_states, output_kept_tokens):
-        batch, length = hidden_states.shape[:2]
+        # A head of few columns makes restoring cheap, but does not tell the hidden states themselves.
+        read = unchanged if output_hidden_states else head
         counts = [length] * batch if real is None else real.sum(-1).tolist()
         n, alive = counts, real
         # Position of each slot's token; `None` as long as slot i holds token i. Dead slots stand at `length`.
@@ -453,14 +450,14 @@ class QuaLAMiniLMEncoder(nn.Module):
             drops = keep != counts
             if drops and positions is None and real is not None and bool((real[:, 1:] > real[:, :-1]).any()):
                 # Neighbours are those that are real: padding between them would keep them apart.
-                left.add(hidden_states)
+                left.add(read(hidden_states))
                 hidden_states, positions, alive = pack(hidden_states, real)
                 left.went_on(positions)
             entering = hidden_states
             hidden_states, slots, handed_on, attention_map = layer(entering, alive, keep if drops else None, with_maps)
             if drops:
                 # What is dropped here is restored with this layer's input.
-                left.add(entering)
+                left.add(read(entering))
                 positions = slots if positions is None else positions.gather(1, slots)
                 if handed_on is not None:
                     positions = positions.masked_fill(~handed_on, length)
@@ -473,15 +470,21 @@ class QuaLAMiniLMEncoder(nn.Module):
             if output_kept_tokens:
                 kept_tokens += (kept_positions(positions, alive, hidden_states, counts, length),)
         return QuaLAMiniLMModelOutput(
-            last_hidden_state=all_hidden_states[-1] if output_hidden_states else left.restore(hidden_states),
+            last_hidden_state=head(all_hidden_states[-1])
+            if output_hidden_states
+            else left.restore(read(hidden_states)),
             hidden_states=all_hidden_states if output_hidden_states else None,
             attentions=attentions if with_maps else None,
             kept_tokens=kept_tokens if output_kept_tokens else None,
         )
 
 
+def unchanged(states):
+    return states
+
+
 class LeftBehind:
-    """The states that tokens had where they were dropped, and where each token's last one stands among them."""
+    """What was read of tokens where they were dropped, and where each token's last reading stands among the others."""
 
     def __init__(self, batch, length, device):
         self.states, self.width = [], 0
@@ -489,7 +492,7 @@ class LeftBehind:
         self.index = torch.arange(length + 1, device=device).expand(batch, -1)
 
     def add(self, states):
-        """`states` (batch, slots, hidden), in which some tokens stay behind."""
+        """`states` (batch, slots, columns), in which some tokens stay behind."""
         self.states.append(states)
         self.width += states.shape[1]
 
@@ -498,11 +501,22 @@ class LeftBehind:
         slots = torch.arange(self.width, self.width + positions.shape[1], device=positions.device)
         self.index = self.index.scatter(1, positions, slots.expand_as(positions))
 
-    def restore(self, hidden_states):
-        """All tokens, (batch, length, hidden), those in the last slots with `hidden_states` (batch, k, hidden)."""
+    def restore(self, states):
+        """All tokens, (batch, length, columns), those in the last slots with `states` (batch, k, columns)."""
         if not self.states:
-            return hidden_states
-        return take_slots(torch.cat((*self.states, hidden_states), 1), self.index[:, :-1])
+            return states
+        return take_slots(torch.cat((*self.states, states), 1), self.index[:, :-1])
+
+
+def join(parts):
+    """[`QuaLAMiniLMModelOutput`] of parts of a batch as one, kept tokens padded with -1; of one part any output."""
+    if len(parts) == 1:
+        return parts[0]
+    kept_tokens = None
+    if parts[0].kept_tokens is not None:
+        kept_tokens = tuple(map(stack_kept, zip(*(part.kept_tokens for part in parts))))
+    last_hidden_state = torch.cat([part.last_hidden_state for part in parts])
+    return QuaLAMiniLMModelOutput(last_hidden_state=last_hidden_state, kept_tokens=kept_tokens)
 
 
 def stack_kept(parts):
@@ -638,6 +652,7 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
         output_attentions: Optional[bool] = None,
         output_hidden_states: Optional[bool] = None,
         output_kept_tokens: bool = False,
+        head=unchanged,
     ):
         """
         Args:
@@ -646,6 +661,8 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
             token_type_ids, position_ids (int64 `(batch, sequence)`): as in BERT.
             length_config: see [`QuaLAMiniLMConfig.token_lengths`]; the configuration's own by default.
             output_attentions, output_hidden_states, output_kept_tokens, return_dict (`bool`): what to return.
+            head (a callable): `(..., hidden)` to `(..., columns)`, token by token; what it makes of the last hidden
+                state is returned in that state's place.
 
         Returns:
             [`QuaLAMiniLMModelOutput`], or a tuple of what is not `None` in it.
@@ -661,20 +678,39 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        hidden_states = self.embeddings(input_ids, token_type_ids, position_ids, inputs_embeds)
-        real = real_tokens(attention_mask, hidden_states.shape[:2])
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        batch, length = tokens.shape[:2]
+        real = real_tokens(attention_mask, (batch, length))
         # "eager" asks for maps computed step by step, as in transformers: on CPU the faster way to train.
         with_maps = output_attentions or self.config._attn_implementation == "eager"
+        whole = tokens.device.type != "cpu" or torch.is_grad_enabled() or with_maps or output_hidden_states
+        rows = max(1, batch if whole else CACHED_TOKENS // max(1, length))
+        inputs = real, input_ids, token_type_ids, position_ids, inputs_embeds
+        parts = list(zip(*(split_rows(each, batch, rows) for each in inputs)))
         # Inductor wants packed int8 weights to be constants of its graph, which they are not.
-        encode = self.encode_uncompiled if self.config.int8_storage and torch.compiler.is_compiling() else self.encoder
-        outputs = encode(hidden_states, real, lengths, with_maps, output_hidden_states, output_kept_tokens)
+        encode = self.encode_uncompiled if self.config.int8_storage and torch.compiler.is_compiling() else self.encode
+        outputs = encode(parts, lengths, head, with_maps, output_hidden_states, output_kept_tokens)
         if not output_attentions:
             outputs["attentions"] = None
         return outputs
 
+    def encode(self, parts, *options):
+        """`forward` of a batch in `parts`: which tokens are real, and what the embeddings take."""
+        outputs = []
+        for real, *inputs in parts:
+            if real is not None and real.all():
+                real = None
+            outputs.append(self.encoder(self.embeddings(*inputs), real, *options))
+        return join(outputs)
+
     @torch.compiler.disable
     def encode_uncompiled(self, *inputs):
-        return self.encoder(*inputs)
+        return self.encode(*inputs)
+
+
+def split_rows(tensor, batch, rows):
+    """`tensor` (batch, ...) by `rows` rows; what is `None`, or one row for all, over and over."""
+    return tensor.split(rows) if tensor is not None and tensor.shape[0] == batch else itertools.repeat(tensor)
 
 
 def real_tokens(attention_mask, shape):
@@ -730,8 +766,10 @@ class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
             output_hidden_states,
             output_kept_tokens,
             return_dict=True,
+            # Not the module itself, which accelerate's hooks would move along with the other arguments.
+            head=lambda states: self.qa_outputs(states),
         )
-        logits = self.qa_outputs(outputs.last_hidden_state)
+        logits = outputs.last_hidden_state
         real = real_tokens(attention_mask, logits.shape[:2])
         if real is not None:
             logits = logits.masked_fill(~real[..., None], torch.finfo(logits.dtype).min)

@@ -14,6 +14,7 @@ from qualaminilm.modeling_qualaminilm import (
     QuaLAMiniLMForQuestionAnswering,
     QuaLAMiniLMModel,
     bfloat16_attention,
+    over_rows,
     select_slots,
 )
 from tests.brute_force import BruteForce
@@ -138,6 +139,7 @@ def test_a_batch_in_parts_is_the_whole_batch(case, tokens):
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         whole = model(*inputs, length_config=length_config, output_kept_tokens=True)
         patch.setattr(modeling_qualaminilm, "CACHED_TOKENS", tokens)
+        patch.setattr(modeling_qualaminilm, "CACHED_SCORES", 4 * tokens)
         parts = model(*inputs, length_config=length_config, output_kept_tokens=True)
         without = model(*inputs, length_config=length_config)
     for name in ("start_logits", "end_logits"):
@@ -152,9 +154,8 @@ def test_a_batch_in_parts_is_the_whole_batch(case, tokens):
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("queries, keys", [(5, 7), (16, 32)])
 @pytest.mark.parametrize("at_once", [2, 3])
-def test_bfloat16_attention_is_torch_s_own(size, masked, queries, keys, at_once, monkeypatch):
+def test_bfloat16_attention_is_torch_s_own(size, masked, queries, keys, at_once):
     """With scores so large that powers of them overflow, too, with a row of nothing but padding, and in parts."""
-    monkeypatch.setattr(modeling_qualaminilm, "CACHED_SCORES", at_once * 3 * queries * keys)
     torch.manual_seed(0)
     query, key, value = (torch.randn(3, 3, n, 8).bfloat16() for n in (queries, keys, keys))
     if size > 1:  # scores whose order bfloat16 knows: single numbers of the query
@@ -165,7 +166,8 @@ def test_bfloat16_attention_is_torch_s_own(size, masked, queries, keys, at_once,
         mask[1, ..., 4:] = torch.finfo(torch.bfloat16).min
         mask[2] = torch.finfo(torch.bfloat16).min
     kept = query.clone(), key.clone(), value.clone()
-    found = bfloat16_attention(query, key, value, mask)
+    masks = [mask] if masked else []
+    found = over_rows(bfloat16_attention, at_once * 3 * queries * keys, query, key, value, *masks)
     assert found.dtype == torch.bfloat16 and found.shape == query.shape
     assert all(torch.equal(before, after) for before, after in zip(kept, (query, key, value)))
     floats = (each.float() for each in (query, key, value))
@@ -318,6 +320,17 @@ def test_outputs_as_a_tuple_and_on_request_only():
     hidden = model.bert(input_ids, mask, output_hidden_states=True)
     assert len(hidden.hidden_states) == 4
     assert torch.equal(hidden.hidden_states[-1], hidden.last_hidden_state)
+
+
+@pytest.mark.parametrize("significance", SIGNIFICANCES)
+def test_the_head_reads_what_the_encoder_returns(significance):
+    model = tiny_model(significance=significance)
+    input_ids, mask = right_padded(model.config, [9, 5])
+    inputs = {"input_ids": input_ids, "attention_mask": mask, "length_config": [0.7, 0.7, 0.3]}
+    start_logits, end_logits = model.qa_outputs(model.bert(**inputs).last_hidden_state).unbind(-1)
+    for found in (model(**inputs), model(**inputs, output_hidden_states=True)):
+        torch.testing.assert_close(found.start_logits[mask == 1], start_logits[mask == 1])
+        torch.testing.assert_close(found.end_logits[mask == 1], end_logits[mask == 1])
 
 
 def test_inputs_embeds_give_what_input_ids_give():
