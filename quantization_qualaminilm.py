@@ -231,12 +231,19 @@ class FloatKernel(Kernel):
 
     def pack(self, weight, weight_scale):
         self.weight = weight.float()
-        self.scale = weight_scale * self.input_scale
+        self.weight_scale = weight_scale
 
     def __call__(self, quantized, dtype=torch.float32):
         with torch.autocast(quantized.device.type, enabled=False):  # which would round the integers
             product = F.linear(quantized.float() - self.input_zero_point, self.weight)
-        return torch.addcmul(self.bias, product, self.scale).to(dtype)
+        # In oneDNN's order, which makes the floats too the same, to the last bit where it has AVX-512.
+        return product.mul_(self.input_scale).mul_(self.weight_scale).add_(self.bias).to(dtype)
+
+    def gelu_for(self, quantized, following):
+        if following.is_smooth:
+            return super().gelu_for(quantized, following)
+        scaled = F.gelu(self(quantized)).mul_(1 / following.input_scale).add_(following.input_zero_point)
+        return scaled.round_().clamp_(0, 255).to(torch.uint8)  # as oneDNN rounds: of halves, to the even number
 
 
 def rounded_up(tokens):

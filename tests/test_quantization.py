@@ -1,5 +1,6 @@
 import copy
 import json
+import operator
 import os
 import pickle
 import subprocess
@@ -423,15 +424,18 @@ def test_both_kernels_give_the_shipped_model_s_answers(validation_questions, mon
     without = copy.deepcopy(model)
     questions = validation_questions.shuffle(seed=2).select(range(500))
 
-    def answers(model):
+    def answers(model, length_config):
         pipeline = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(ROOT))
-        return answer_all(pipeline, questions, 16, "full", progress=False)[0]
+        return answer_all(pipeline, questions, 16, length_config, progress=False)[0]
 
-    expected = answers(model)
+    expected = [answers(model, length_config) for length_config in ("full", "fastest")]
     assert isinstance(model.bert.encoder.layer[0].output.dense.kernel(), OneDNNKernel)
     monkeypatch.setattr(quantization_qualaminilm, "runs_on_onednn", lambda linears: False)
-    # oneDNN's GELU is a polynomial: here and there it rounds to the next of 256 steps, and a close call ends otherwise.
-    assert sum(one == other for one, other in zip(answers(without), expected)) >= 0.97 * 500
+    found = [answers(without, length_config) for length_config in ("full", "fastest")]
+    # Elsewhere oneDNN multiplies by its scales in another order, and a close call may end otherwise.
+    needed = 500 if torch.backends.cpu.get_cpu_capability().startswith("AVX512") else 485
+    for one, other in zip(found, expected):
+        assert sum(map(operator.eq, one, other)) >= needed
     assert isinstance(without.bert.encoder.layer[0].output.dense.kernel(), FloatKernel)
 
 
