@@ -180,7 +180,7 @@ def over_rows(function, limit, query, key, *others):
     by so few rows at once that their products have at most `limit` numbers, if that can be."""
     batch, heads, queries, _ = query.shape
     rows = max(1, limit // (heads * queries * key.shape[2]))
-    if query.device.type != "cpu" or batch <= rows:
+    if query.device.type != "cpu" or torch.is_grad_enabled() or batch <= rows:
         return function(query, key, *others)
     return torch.cat([function(*part) for part in zip(*(each.split(rows) for each in (query, key, *others)))])
 
@@ -250,7 +250,10 @@ class QuaLAMiniLMResidual(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states, input_tensor):
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)).to(input_tensor.dtype).add_(input_tensor))
+        projected = self.dropout(self.dense(hidden_states)).to(input_tensor.dtype)
+        if isinstance(self.dense, QuantizedLinear):  # floats may be held by autograd, or by somebody's hook
+            return self.LayerNorm(projected.add_(input_tensor))
+        return self.LayerNorm(projected + input_tensor)
 
 
 class QuaLAMiniLMAttention(nn.Module):
@@ -308,6 +311,7 @@ class QuaLAMiniLMScorer(nn.Module):
         if alive is not None:
             gate = gate * alive[..., None]
         gated = matched * gate.transpose(1, 2)[..., None]
+        # Half as many, since these are float32.
         match = over_rows(greatest_match, CACHED_SCORES // 2, matched, gated).transpose(1, 2)
         own = torch.cat((self.act_fn(features), match), -1)
         if alive is not None:
@@ -686,7 +690,7 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
         whole = tokens.device.type != "cpu" or torch.is_grad_enabled() or with_maps or output_hidden_states
         rows = max(1, batch if whole else CACHED_TOKENS // max(1, length))
         inputs = real, input_ids, token_type_ids, position_ids, inputs_embeds
-        parts = list(zip(*(split_rows(each, batch, rows) for each in inputs)))
+        parts = list(zip(*(split_rows(each, (batch, length), rows) for each in inputs)))
         # Inductor wants packed int8 weights to be constants of its graph, which they are not.
         encode = self.encode_uncompiled if self.config.int8_storage and torch.compiler.is_compiling() else self.encode
         outputs = encode(parts, lengths, head, with_maps, output_hidden_states, output_kept_tokens)
@@ -698,7 +702,7 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
         """`forward` of a batch in `parts`: which tokens are real, and what the embeddings take."""
         outputs = []
         for real, *inputs in parts:
-            if real is not None and real.all():
+            if len(parts) > 1 and real is not None and real.all():
                 real = None
             outputs.append(self.encoder(self.embeddings(*inputs), real, *options))
         return join(outputs)
@@ -708,9 +712,9 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
         return self.encode(*inputs)
 
 
-def split_rows(tensor, batch, rows):
-    """`tensor` (batch, ...) by `rows` rows; what is `None`, or one row for all, over and over."""
-    return tensor.split(rows) if tensor is not None and tensor.shape[0] == batch else itertools.repeat(tensor)
+def split_rows(tensor, shape, rows):
+    """`tensor`, which may be one row for all, as `shape` (batch, sequence) by `rows` rows; `None` over and over."""
+    return itertools.repeat(None) if tensor is None else tensor.expand(*shape, *tensor.shape[2:]).split(rows)
 
 
 def real_tokens(attention_mask, shape):

@@ -307,7 +307,7 @@ def keep_freed_memory():
     """Lets glibc's malloc keep up to 64 MB of what it is given back: twice the largest block that was freed so far, if
     that is no larger than 32 MB. Where that is a layer's, it returns memory to the system after each layer, and to take
     it again costs a large batch a tenth of its time. This block is never written to, and so takes no memory."""
-    torch.empty((1 << 25) - (1 << 16), dtype=torch.uint8)
+    torch.empty((1 << 25) - (1 << 16), dtype=torch.uint8, device="cpu")
 
 
 @functools.cache

@@ -120,8 +120,8 @@ def best_of(candidates, at_least):
 
 
 def place_presets(full, candidates, shares=PRESET_SHARES):
-    """Presets evenly placed along the front: `"full"` first, then for each of `shares` the candidate of most F1 that
-    has at most this share of the MACs, and less than the preset before it.
+    """Presets by budgets: `"full"` first, then for each of `shares` the candidate of most F1 that has at most this
+    share of the MACs, and less than the preset before it.
 
     Args:
         full, candidates: what was measured on all questions, as by [`measured`].
@@ -133,16 +133,16 @@ def place_presets(full, candidates, shares=PRESET_SHARES):
     Raises:
         ValueError: there is no such candidate.
     """
-    presets, cheaper = {FULL: full}, candidates
+    presets, best = {FULL: full}, front(candidates)
     for name, share in zip(PRESET_NAMES, shares):
-        within = [each for each in front(cheaper) if each["macs_share"] <= share]
+        within = [each for each in best if each["macs_share"] <= share]
         if not within:
             raise ValueError(
                 f"no candidate is left for {name!r}, at most {share} of the MACs; search longer, or give other "
                 "--preset_shares or a larger --max_preset_loss"
             )
         presets[name] = within[-1]
-        cheaper = [each for each in candidates if each["macs_share"] < within[-1]["macs_share"]]
+        best = within[:-1]
     return presets
 
 
@@ -268,7 +268,7 @@ def main():
         type=float,
         nargs=len(PRESET_NAMES),
         default=PRESET_SHARES,
-        help=f"share of the MACs that each preset may take, of {', '.join(PRESET_NAMES)} (%(default)s)",
+        help=f"greatest share of the MACs, 1 for all of them, of {', '.join(PRESET_NAMES)} (%(default)s)",
     )
     parser.add_argument("--batch_size", type=int, default=16, help="windows a batch (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")

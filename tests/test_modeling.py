@@ -150,6 +150,34 @@ def test_a_batch_in_parts_is_the_whole_batch(case, tokens):
     assert without.kept_tokens is None
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_batch_in_parts_takes_all_that_a_whole_one_takes(rows, monkeypatch):
+    """Position ids of one row for all or of each, token types, embeddings in the place of tokens."""
+    model = tiny_model(type_vocab_size=2)
+    input_ids, mask = right_padded(model.config, [9, 5, 7, 9, 2])
+    generator = torch.Generator().manual_seed(0)
+    token_type_ids, position_ids = torch.randint(0, 2, (5, 9), generator=generator), torch.arange(9, 18)
+    embeds = torch.randn(5, 9, model.config.hidden_size, generator=generator)
+    calls = [
+        {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids[None]},
+        {"input_ids": input_ids, "token_type_ids": token_type_ids[:1], "position_ids": position_ids},
+        {"inputs_embeds": embeds, "position_ids": position_ids + torch.arange(5)[:, None]},
+    ]
+
+    def logits(call):
+        with torch.no_grad():
+            return model(attention_mask=mask, length_config=[0.7, 0.7, 0.3], **call).start_logits
+
+    whole = [logits(call) for call in calls]
+    monkeypatch.setattr(modeling_qualaminilm, "CACHED_TOKENS", 9 * rows)
+    for call, expected in zip(calls, whole):
+        torch.testing.assert_close(logits(call), expected)
+    for call in calls:  # what was passed counts
+        assert not torch.allclose(logits(call), logits(call | {"position_ids": position_ids[None] - 9}))
+    with pytest.raises(RuntimeError):  # not the same three for each part
+        logits({"input_ids": input_ids, "token_type_ids": token_type_ids[:3]})
+
+
 @pytest.mark.parametrize("size", [1.0, 1e4])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("queries, keys", [(5, 7), (16, 32)])

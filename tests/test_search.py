@@ -64,8 +64,8 @@ def test_presets_are_the_best_that_their_shares_of_the_macs_pay_for():
         return {name: preset["macs_share"] for name, preset in search.place_presets(full, candidates).items()}
 
     front = [candidate(70, 0.36), candidate(75, 0.4), candidate(78, 0.55), candidate(79, 0.6), candidate(79.5, 0.65)]
-    worse = [candidate(74, 0.39), candidate(60, 0.7), candidate(72, 0.5)]
-    assert placed(*worse, *front) == {"full": 1.0, "accurate": 0.65, "balanced": 0.6, "fast": 0.4, "fastest": 0.39}
+    others = [candidate(74, 0.39), candidate(60, 0.7), candidate(72, 0.5)]
+    assert placed(*others, *front) == {"full": 1.0, "accurate": 0.65, "balanced": 0.6, "fast": 0.4, "fastest": 0.39}
     # What costs less may be better too; no candidate becomes two presets.
     best = candidate(81, 0.45)
     expected = {"full": 1.0, "accurate": 0.45, "balanced": 0.4, "fast": 0.36, "fastest": 0.3}
