@@ -27,7 +27,7 @@ from .configuration_qualaminilm import QuaLAMiniLMConfig, check_weights, require
 from .quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear, attention_dtype
 
 # On a CPU a batch of more takes longer than its parts do: what a layer makes of it does not stay in the cache.
-CACHED_TOKENS = 8 * 384
+CACHED_TOKENS = 16 * 384
 # So many attention scores at once: more leave the cache, and malloc may give their memory back to the system each time.
 CACHED_SCORES = 1 << 21
 

@@ -488,7 +488,8 @@ def test_converted_weights_go_through_the_recipe(city_file, tmp_path):
     settings = [each for name, file in files.items() for each in (f"--{name}", tmp_path / file)]
     settings += "--seed 3 --candidates 24 --population 6 --subset 6 --survivors 5".split()
     settings += ["--max_loss", 100, "--max_preset_loss", 100]
-    run("recipe.search", "--model", out, "--data", city_file, *settings, "--length_drop_ratio_bound", 0.9)
+    settings += ["--length_drop_ratio_bound", 0.9, "--preset_shares", 0.7, 0.63, 0.6, 0.57]
+    run("recipe.search", "--model", out, "--data", city_file, *settings)
     presets = QuaLAMiniLMForQuestionAnswering.from_pretrained(out).length_presets
     assert len(presets) == 5
     steps = ["--max_steps", 2, "--bf16", "False"]
