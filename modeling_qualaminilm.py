@@ -28,7 +28,7 @@ from .quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear, atten
 
 # On a CPU a batch of more takes longer than its parts do: what a layer makes of it does not stay in the cache.
 CACHED_TOKENS = 16 * 384
-# So many attention scores at once: more leave the cache, and malloc may give their memory back to the system each time.
+# So many attention scores, of two bytes, at once: more leave the cache.
 CACHED_SCORES = 1 << 21
 
 
@@ -149,8 +149,7 @@ class QuaLAMiniLMSelfAttention(nn.Module):
                 context = self.dropout(probabilities) @ value
         elif isinstance(self.query, QuantizedLinear) and query.dtype == torch.bfloat16:
             probabilities = None
-            masks = () if mask is None else (mask,)
-            context = over_rows(bfloat16_attention, CACHED_SCORES, query, key, value, *masks)
+            context = over_rows(bfloat16_attention, CACHED_SCORES, query, key, value, mask)
         else:
             probabilities = None
             context = F.scaled_dot_product_attention(
@@ -175,23 +174,22 @@ class QuaLAMiniLMSelfAttention(nn.Module):
         return projected.split([layer.out_features for layer in layers], -1)
 
 
+def split_rows(rows, *tensors):
+    """`tensors` (batch, ...), not all of them `None`, by `rows` rows: a list of tuples, each with `None` for `None`."""
+    return list(zip(*(itertools.repeat(None) if each is None else each.split(rows) for each in tensors)))
+
+
 def over_rows(function, limit, query, key, *others):
-    """`function` of `query` (batch, heads, queries, size), `key` (batch, heads, keys, size) and `others` (batch, ...),
-    by so few rows at once that their products have at most `limit` numbers, if that can be."""
+    """`function` of `query` (batch, heads, queries, size), `key` (batch, heads, keys, size) and `others`, (batch, ...)
+    or `None`, by so few rows at once that their products have at most `limit` numbers, if that can be."""
     batch, heads, queries, _ = query.shape
     rows = max(1, limit // (heads * queries * key.shape[2]))
     if query.device.type != "cpu" or torch.is_grad_enabled() or batch <= rows:
         return function(query, key, *others)
-    return torch.cat([function(*part) for part in zip(*(each.split(rows) for each in (query, key, *others)))])
+    return torch.cat([function(*part) for part in split_rows(rows, query, key, *others)])
 
 
-def greatest_match(matched, gated):
-    """The greatest product of each token's vector in `matched` with any in `gated`, both (batch, heads, tokens, size):
-    (batch, heads, tokens)."""
-    return (matched @ gated.transpose(-1, -2)).amax(-1)
-
-
-def bfloat16_attention(query, key, value, mask=None):
+def bfloat16_attention(query, key, value, mask):
     """What `scaled_dot_product_attention` computes, on a CPU that multiplies bfloat16, in half of its time.
 
     Args:
@@ -329,6 +327,12 @@ class QuaLAMiniLMScorer(nn.Module):
             channels_first[:, :, None], conv.weight[:, :, None], conv.bias, padding=(0, self.REACH), groups=conv.groups
         )
         return self.act_fn(around).squeeze(2).transpose(1, 2)[:, : own.shape[1]]
+
+
+def greatest_match(matched, gated):
+    """The greatest product of each token's vector in `matched` with any in `gated`, both (batch, heads, tokens, size):
+    (batch, heads, tokens)."""
+    return (matched @ gated.transpose(-1, -2)).amax(-1)
 
 
 class QuaLAMiniLMLayer(GradientCheckpointingLayer):
@@ -689,8 +693,12 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
         with_maps = output_attentions or self.config._attn_implementation == "eager"
         whole = tokens.device.type != "cpu" or torch.is_grad_enabled() or with_maps or output_hidden_states
         rows = max(1, batch if whole else CACHED_TOKENS // max(1, length))
-        inputs = real, input_ids, token_type_ids, position_ids, inputs_embeds
-        parts = list(zip(*(split_rows(each, (batch, length), rows) for each in inputs)))
+        inputs = (
+            # One row may stand for all.
+            each if each is None else each.expand(batch, length, *each.shape[2:])
+            for each in (real, input_ids, token_type_ids, position_ids, inputs_embeds)
+        )
+        parts = split_rows(rows, *inputs)
         # Inductor wants packed int8 weights to be constants of its graph, which they are not.
         encode = self.encode_uncompiled if self.config.int8_storage and torch.compiler.is_compiling() else self.encode
         outputs = encode(parts, lengths, head, with_maps, output_hidden_states, output_kept_tokens)
@@ -710,11 +718,6 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
     @torch.compiler.disable
     def encode_uncompiled(self, *inputs):
         return self.encode(*inputs)
-
-
-def split_rows(tensor, shape, rows):
-    """`tensor`, which may be one row for all, as `shape` (batch, sequence) by `rows` rows; `None` over and over."""
-    return itertools.repeat(None) if tensor is None else tensor.expand(*shape, *tensor.shape[2:]).split(rows)
 
 
 def real_tokens(attention_mask, shape):

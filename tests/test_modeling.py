@@ -194,8 +194,7 @@ def test_bfloat16_attention_is_torch_s_own(size, masked, queries, keys, at_once)
         mask[1, ..., 4:] = torch.finfo(torch.bfloat16).min
         mask[2] = torch.finfo(torch.bfloat16).min
     kept = query.clone(), key.clone(), value.clone()
-    masks = [mask] if masked else []
-    found = over_rows(bfloat16_attention, at_once * 3 * queries * keys, query, key, value, *masks)
+    found = over_rows(bfloat16_attention, at_once * 3 * queries * keys, query, key, value, mask)
     assert found.dtype == torch.bfloat16 and found.shape == query.shape
     assert all(torch.equal(before, after) for before, after in zip(kept, (query, key, value)))
     floats = (each.float() for each in (query, key, value))
