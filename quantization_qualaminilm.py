@@ -168,19 +168,26 @@ class Kernel:
             if not all(torch.equal(getattr(first, name), getattr(linear, name)) for linear in linears):
                 raise ValueError(f"layers that read one input quantise it alike, but theirs differ in {name}")
         self.input_scale, self.input_zero_point = first.input_scale.item(), first.input_zero_point.item()
+        weight = torch.cat([linear.weight for linear in linears])
+        weight_scale = torch.cat([linear.weight_scale for linear in linears])
+        # What the zero point adds to the sums is known; oneDNN would add up the weights at each call to find it.
+        of_zero_point = weight.sum(1) * self.input_zero_point * self.input_scale * weight_scale
+        self.bias = torch.cat([linear.bias for linear in linears]) - of_zero_point
         self.is_smooth = first.is_smooth
         self.factor = 1 / (first.smoothing * first.input_scale)
         # Half is added so that truncation, which conversion does anyway, rounds.
         self.shift = torch.tensor(self.input_zero_point + 0.5, device=first.weight.device)
-        self.bias = torch.cat([linear.bias for linear in linears])
-        self.pack(torch.cat([linear.weight for linear in linears]), torch.cat([each.weight_scale for each in linears]))
+        self.pack(weight, weight_scale)
 
     def quantize(self, hidden_states):
         """float (..., in_features) to uint8 (..., in_features), with rows to spare behind it for [`rows_to_spare`]."""
         scaled = torch.addcmul(self.shift, hidden_states.float(), self.factor).clamp_(0, 255)
         scaled = scaled.to(torch.int16)  # from float32 in one step takes torch twice as long
         tokens, columns = scaled.shape[:-1].numel(), scaled.shape[-1]
-        quantized = scaled.new_empty(rounded_up(tokens) * columns, dtype=torch.uint8)
+        rows = rounded_up(tokens)
+        if rows == tokens:
+            return scaled.to(torch.uint8, memory_format=torch.contiguous_format)
+        quantized = scaled.new_empty(rows * columns, dtype=torch.uint8)
         return quantized[: tokens * columns].view(scaled.shape).copy_(scaled)
 
     def gelu_for(self, quantized, following):
@@ -210,7 +217,7 @@ class OneDNNKernel(Kernel):
         product = torch.ops.onednn.qlinear_pointwise(
             rows_to_spare(quantized),
             self.input_scale,
-            self.input_zero_point,
+            0,
             self.weight,
             self.weight_scale,
             self.weight_zero_point,
@@ -235,7 +242,7 @@ class FloatKernel(Kernel):
 
     def __call__(self, quantized, dtype=torch.float32):
         with torch.autocast(quantized.device.type, enabled=False):  # which would round the integers
-            product = F.linear(quantized.float() - self.input_zero_point, self.weight)
+            product = F.linear(quantized.float(), self.weight)
         # In oneDNN's order, which makes the floats too the same, to the last bit where it has AVX-512.
         return product.mul_(self.input_scale).mul_(self.weight_scale).add_(self.bias).to(dtype)
 
