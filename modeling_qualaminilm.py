@@ -252,10 +252,10 @@ class QuaLAMiniLMResidual(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, hidden_states, input_tensor):
-        projected = self.dropout(self.dense(hidden_states)).to(input_tensor.dtype)
+        projected = self.dense(hidden_states)
         if isinstance(self.dense, QuantizedLinear):  # floats may be held by autograd, or by somebody's hook
-            return self.LayerNorm(projected.add_(input_tensor))
-        return self.LayerNorm(projected + input_tensor)
+            return self.LayerNorm(projected.to(input_tensor.dtype).add_(input_tensor))
+        return self.LayerNorm(self.dropout(projected) + input_tensor)
 
 
 class QuaLAMiniLMAttention(nn.Module):

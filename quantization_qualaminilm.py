@@ -264,6 +264,8 @@ def rows_to_spare(quantized):
     whatever stands in memory there; what is made of them is to be cut off."""
     tokens, columns = quantized.shape[:-1].numel(), quantized.shape[-1]
     rows = rounded_up(tokens)
+    if rows == tokens:
+        return quantized.reshape(rows, columns)
     room = quantized.untyped_storage().nbytes() - quantized.storage_offset()
     if quantized.is_contiguous() and room >= rows * columns:  # made by `quantize` or by a product
         return quantized.as_strided((rows, columns), (columns, 1))
