@@ -171,12 +171,12 @@ class Kernel:
         weight = torch.cat([linear.weight for linear in linears])
         weight_scale = torch.cat([linear.weight_scale for linear in linears])
         # What the zero point adds to the sums is known; oneDNN would add up the weights at each call to find it.
-        of_zero_point = weight.sum(1) * self.input_zero_point * self.input_scale * weight_scale
+        of_zero_point = weight.sum(1, dtype=torch.float32) * self.input_zero_point * self.input_scale * weight_scale
         self.bias = torch.cat([linear.bias for linear in linears]) - of_zero_point
         self.is_smooth = first.is_smooth
         self.factor = 1 / (first.smoothing * first.input_scale)
         # Half is added so that truncation, which conversion does anyway, rounds.
-        self.shift = torch.tensor(self.input_zero_point + 0.5, device=first.weight.device)
+        self.shift = torch.tensor(self.input_zero_point + 0.5, dtype=torch.float32, device=first.weight.device)
         self.pack(weight, weight_scale)
 
     def quantize(self, hidden_states):

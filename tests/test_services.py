@@ -132,6 +132,23 @@ def test_autocast_leaves_integer_products_exact(kernel):
         assert torch.equal(made(quantized), expected)
 
 
+@pytest.mark.parametrize("kernel", [FloatKernel, OneDNNKernel])
+def test_a_kernel_is_exact_whatever_torch_s_default_dtype_is(kernel):
+    linear = random_linear(64, 32, input_zero_point=201)
+    hidden_states = torch.randn(7, 64)
+
+    def product():
+        made = kernel([linear])
+        return made(made.quantize(hidden_states))
+
+    expected = product()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(product(), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("significance", ["learned", "attention"])
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
 def test_autocast_computes_close_to_single_precision(weights, significance):
