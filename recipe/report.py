@@ -46,7 +46,7 @@ def lost(scores, full):
     """F1 lost against `full`, the scores of the fp32 model that drops nothing; empty for that one itself."""
     if full is None or scores == full:
         return ""
-    return f"{100 * (1 - scores['f1'] / full['f1']):.1f} %"
+    return f"{100 * (1 - scores['f1'] / full['f1']):z.1f} %"
 
 
 def presets_table(folder):

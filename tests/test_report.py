@@ -72,6 +72,8 @@ def test_the_presets_by_hand(folder):
     assert full == '| `"full"` | all | 1.00 | 80.00 | 70.00 |  | 90.00 | 85.50 |  | 89.10 | 85.00 | 1.0 % |'
     fast_on_test = "not measured |  |  | 81.00 | 75.25 | 10.0 % |"
     assert fast == f'| `"fast"` | 192, 96 | 0.43 | 78.00 | 69.00 | 2.5 % | {fast_on_test}'
+    write_results(folder, test_int8_fast={"f1": 90.01, "em": 85.5})
+    assert presets_table(folder).splitlines()[-1].endswith("| 90.01 | 85.50 | 0.0 % |")  # not "-0.0 %"
 
 
 def timed(batch_1, batch_32, **more):
