@@ -155,10 +155,7 @@ class QuaLAMiniLMSelfAttention(nn.Module):
             context = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=mask, dropout_p=self.dropout.p if self.training else 0.0
             )
-        context = context.transpose(1, 2)
-        if isinstance(self.query, QuantizedLinear):  # in the one pass that heads side by side take anyway
-            context = context.to(torch.float32, memory_format=torch.contiguous_format)
-        return context.flatten(2), probabilities
+        return context.transpose(1, 2).flatten(2), probabilities
 
     def project(self, query_states, hidden_states, asking, alive):
         """Queries of `query_states` (batch, queries, hidden), those that are `asking` (bool (batch, queries); `None`:
@@ -205,8 +202,7 @@ def bfloat16_attention(query, key, value, mask):
     queries, size = query.shape[2:]
     keys = key.shape[2]
     # Heads side by side, as they come, take bmm a third longer than the copies.
-    scaled = torch.mul(query, size**-0.5 / math.log(2), out=query.new_empty(query.shape))
-    scores = add_tokens(scaled) @ add_tokens(key).transpose(-1, -2)
+    scores = add_tokens(query * (size**-0.5 / math.log(2))) @ add_tokens(key).transpose(-1, -2)
     if mask is not None:
         scores[..., :keys].add_(mask)
     # Powers of 2, in place, and no maximum taken off: each would be one more pass over the largest tensor of all.
@@ -309,13 +305,14 @@ class QuaLAMiniLMScorer(nn.Module):
         """`forward` from what `dense` makes of the hidden states."""
         features, matched, gate = projected.split(self.sizes, -1)
         matched = matched.unflatten(-1, (self.HEADS, self.HEAD_SIZE)).transpose(1, 2)
-        size = torch.linalg.vector_norm(matched, dim=-1).clamp(min=1e-12)
+        norm = torch.linalg.vector_norm(matched, dim=-1).clamp(min=1e-12)
         gate = gate.sigmoid()
         if alive is not None:
             gate = gate * alive[..., None]
-        gated = matched * (gate.transpose(1, 2) / size)[..., None]
+        # Cosines, one norm divided out before the products and the other after: a number a token each.
+        gated = matched * (gate.transpose(1, 2) / norm)[..., None]
         # Half as many, since these are float32.
-        match = (over_rows(greatest_match, CACHED_SCORES // 2, matched, gated) / size).transpose(1, 2)
+        match = (over_rows(greatest_match, CACHED_SCORES // 2, matched, gated) / norm).transpose(1, 2)
         own = torch.cat((self.act_fn(features), match), -1)
         if alive is not None:
             own = own * alive[..., None]

@@ -184,10 +184,7 @@ class Kernel:
         scaled = torch.addcmul(self.shift, hidden_states.float(), self.factor).clamp_(0, 255)
         scaled = scaled.to(torch.int16)  # from float32 in one step takes torch twice as long
         tokens, columns = scaled.shape[:-1].numel(), scaled.shape[-1]
-        rows = rounded_up(tokens)
-        if rows == tokens:
-            return scaled.to(torch.uint8, memory_format=torch.contiguous_format)
-        quantized = scaled.new_empty(rows * columns, dtype=torch.uint8)
+        quantized = scaled.new_empty(rounded_up(tokens) * columns, dtype=torch.uint8)
         return quantized[: tokens * columns].view(scaled.shape).copy_(scaled)
 
     def gelu_for(self, quantized, following):
@@ -264,8 +261,6 @@ def rows_to_spare(quantized):
     whatever stands in memory there; what is made of them is to be cut off."""
     tokens, columns = quantized.shape[:-1].numel(), quantized.shape[-1]
     rows = rounded_up(tokens)
-    if rows == tokens:
-        return quantized.reshape(rows, columns)
     room = quantized.untyped_storage().nbytes() - quantized.storage_offset()
     if quantized.is_contiguous() and room >= rows * columns:  # made by `quantize` or by a product
         return quantized.as_strided((rows, columns), (columns, 1))
