@@ -170,7 +170,8 @@ class QuaLAMiniLMSelfAttention(nn.Module):
         `others` make of it, in one 8-bit product."""
         layers = self.query, self.key, self.value, *others
         kernel = self.query.kernel(*layers[1:])
-        projected = over_tokens(lambda states: kernel(kernel.quantize(states), attention_dtype()), alive, hidden_states)
+        dtype = attention_dtype(hidden_states.device)
+        projected = over_tokens(lambda states: kernel(kernel.quantize(states), dtype), alive, hidden_states)
         return projected.split([layer.out_features for layer in layers], -1)
 
 

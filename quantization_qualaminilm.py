@@ -314,8 +314,18 @@ def keep_freed_memory():
     torch.empty((1 << 25) - (1 << 16), dtype=torch.uint8, device="cpu")
 
 
+def attention_dtype(device):
+    """What queries, keys and values are handed on in on `device`: bfloat16 on a CPU that multiplies it, float32
+    elsewhere."""
+    return torch.bfloat16 if device.type == "cpu" and cpu_multiplies_bfloat16() else torch.float32
+
+
 @functools.cache
-def attention_dtype():
-    """What queries, keys and values are handed on in: bfloat16 where the processor multiplies it, float32 elsewhere."""
-    capabilities = torch.cpu.get_capabilities()
-    return torch.bfloat16 if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else torch.float32
+def cpu_multiplies_bfloat16():
+    """Whether the processor multiplies bfloat16 itself; emulated it is slower than float32. Only x86's ways count."""
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    # Before torch 2.11. What has AMX tiles multiplies bfloat16 in them.
+    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(ask is not None and ask() for ask in asked)

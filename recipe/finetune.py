@@ -19,6 +19,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from qualaminilm.quantization_qualaminilm import cpu_multiplies_bfloat16
 from recipe.data import (
     cap_questions_per_paragraph,
     identity,
@@ -39,7 +40,7 @@ def has_bf16():
     """Whether the GPU, or where there is none the CPU, multiplies in bfloat16; emulated it is slower than float32."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return any(torch.cpu.get_capabilities().get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return cpu_multiplies_bfloat16()
 
 
 @dataclass

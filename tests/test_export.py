@@ -107,7 +107,7 @@ def one_graph():
 @pytest.mark.parametrize("runtime", [onnx_runtime, open_vino])
 @pytest.mark.parametrize("family, significance", KINDS)
 def test_int8_graphs_compute_what_the_model_does(runtime, family, significance, monkeypatch):
-    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda: torch.float32)
+    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)
     model = random_model(family, significance)
     rows = [{"input_ids": ids.tolist(), "token_type_ids": [0] * len(ids)} for ids in torch.randint(3, 60, (8, 30))]
     quantized = quantize(model, rows)
@@ -177,7 +177,7 @@ class Exported:
 # A rounding step more or less decides close calls, and, where tokens are dropped, which ones are.
 @pytest.mark.parametrize("length_config, least", [("full", 0.96), ("balanced", 0.95)])
 def test_int8_graphs_give_the_shipped_models_answers(validation_questions, length_config, least, monkeypatch):
-    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda: torch.float32)  # as in the graph
+    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)  # as in the graph
     model, tokenizer = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval(), load_tokenizer(ROOT)
     questions = validation_questions.shuffle(seed=1).select(range(300))
     exported = QuestionAnsweringPipeline(model, tokenizer)

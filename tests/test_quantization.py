@@ -152,7 +152,7 @@ def test_stored_integers_are_the_nearest_and_reach_127(rows, columns, seed):
 @pytest.mark.parametrize("length_config", ["full", [0.8, 0.5, 0.3]])
 @pytest.mark.parametrize("family, significance", KINDS)
 def test_the_int8_model_equals_the_brute_force_twin(family, significance, length_config, monkeypatch):
-    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda: torch.float32)
+    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)
     _, model = int8_model(family, significance)
     input_ids, mask = right_padded(model.config, [13, 6], seed=3)
     with torch.no_grad():
