@@ -1,7 +1,9 @@
 """Sizes of a QuaLA-MiniLM, its presets, and what a legal `length_config` is."""
 
 import copy
+import functools
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -10,11 +12,42 @@ from collections import Counter
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import transformers
 from transformers import PretrainedConfig
-from transformers.utils import CONFIG_NAME, cached_file, logging
+from transformers.utils import CONFIG_NAME, cached_file
 
-logger = logging.get_logger(__name__)
+if TYPE_CHECKING:
+    # Never run. Beside a file of remote code transformers copies those that it imports, which it finds by such lines:
+    # whatever is loaded first, a configuration alone too, all of `CODE_FILES` then stand together to be saved again.
+    from .modeling_qualaminilm import QuaLAMiniLMModel  # noqa: F401
+    from .pipeline_qualaminilm import QuestionAnsweringPipeline  # noqa: F401
+    from .quantization_qualaminilm import QuantizedLinear  # noqa: F401
+
+OLDEST = {"torch": (2, 8), "transformers": (4, 57)}
+
+
+def require_versions(**found):
+    """Raises an [`ImportError`] that names every floor and what was `found`, package by package (`str`, or `None` where
+    it is not installed), unless all of them are new enough."""
+    found = {name: version for name, version in found.items() if version is not None}
+    if any(tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST[name] for name, version in found.items()):
+        floors = " and ".join(f"{name} {major}.{minor} or newer" for name, (major, minor) in OLDEST.items())
+        here = " and ".join(f"{name} {version}" for name, version in found.items())
+        raise ImportError(f"QuaLA-MiniLM needs {floors}; found {here}")
+
+
+def installed(package):
+    """Version of a package (`str`), which is not imported for it; `None` where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# Here, since transformers imports this file before any other; above stands only what old versions have too.
+require_versions(torch=installed("torch"), transformers=transformers.__version__)
 
 PRESETS_FILE = "length_configs.json"
 WEIGHTS_PATTERN = "model*.safetensors"
@@ -199,8 +232,7 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         require("length_presets", presets, presets is None or isinstance(presets, dict), "a dict")
         presets = {"full": {"length_config": full}, **(presets or {})}
         for name, preset in presets.items():
-            legal = isinstance(name, str) and name and not re.search(r"[/\\:\x00-\x1f]|\.\.", name)
-            require("a preset's name", name, legal, "no path: a str without / \\ : and ..")
+            require("a preset's name", name, is_plain_name(name), "no path: a str without / \\ : and ..")
             legal = isinstance(preset, dict) and "length_config" in preset
             require(f"preset {name!r}", preset, legal, "a dict with a 'length_config'")
             self._read_entries(preset["length_config"], f"preset {name!r}")
@@ -249,9 +281,9 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         Args:
             length_config: a preset's name; one int >= 2 a layer (layer i keeps min(n, c_i) of a row's n real tokens);
                 one float in (0, 1] a layer, read to three decimals, p/1000 (layer i keeps
-                min(n, max(2, (p*n + 999) // 1000))); `{"max_macs": s}`, the preset of the best validation F1 (of the
-                most MACs, where not all were measured) among those whose MACs share is at most s;
-                or `None`, this configuration's own. Entries are non-increasing.
+                min(n, max(2, (p*n + 999) // 1000))); `{"max_macs": s}`, of the presets whose MACs share is at most s
+                `"full"` if it is among them, else that of the best validation F1 (of the most MACs, where not all were
+                measured); or `None`, this configuration's own. Entries are non-increasing.
 
         Returns:
             [`TokenLengths`]
@@ -313,7 +345,8 @@ class QuaLAMiniLMConfig(PretrainedConfig):
                 f"length_config is {wanted!r}, but the cheapest preset, {cheapest!r}, has a MACs share of "
                 f"{shares[cheapest]:.3f}"
             )
-
+        if "full" in within:  # what a cheaper preset is better by is noise
+            return self.token_lengths("full")
         f1 = {name: self.length_presets[name].get("validation", {}).get("f1") for name in within}
         best = max(within, key=shares.get if None in f1.values() else f1.get)
         return self.token_lengths(best)
@@ -374,16 +407,29 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         # transformers puts classes and other repositories' names into the last two when it loads a folder.
         return fields | {"dtype": "float32", "auto_map": AUTO_MAP, "custom_pipelines": CUSTOM_PIPELINES}
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """As in [`PretrainedConfig`]; also writes `length_configs.json` and the model's code, so that the folder is
-        a complete repository."""
-        super().save_pretrained(save_directory, **kwargs)
-        folder = Path(save_directory)
+        a complete repository.
+
+        Raises:
+            FileNotFoundError: see [`code_files`].
+        """
+        code_files()
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self._complete(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        """As in transformers, whose `save_pretrained` asks for it before ours has added what belongs to a folder."""
+        self._complete(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
+
+    def _complete(self, folder):
+        """Writes presets and code beside the `config.json` of `folder`."""
+        folder = Path(folder)
         self.save_presets(folder)
-        for name in CODE_FILES:
-            source = self._code_file(name)
-            if source is not None and source.resolve() != (folder / name).resolve():
-                write_beside_then_rename(folder / name, source.read_text(encoding="utf-8"))
+        for source in code_files():
+            if source.resolve() != (folder / source.name).resolve():
+                write_beside_then_rename(folder / source.name, source.read_text(encoding="utf-8"))
 
     def save_presets(self, folder):
         """Writes `length_presets` into the folder, as `length_configs.json`."""
@@ -392,38 +438,45 @@ class QuaLAMiniLMConfig(PretrainedConfig):
 
     def write_checksums(self, folder):
         """Writes into the `config.json` of `folder` what tells later that it and the weights beside it are whole, and
-        belong together: `weights_sha256`, the SHA-256 of each safetensors file, and `architecture_sha256`."""
+        belong together: `weights_sha256`, the SHA-256 of each safetensors file, and `architecture_sha256`. Where no
+        `config.json` stands (PEFT saves adapters alone), nothing is written."""
         path = Path(folder) / CONFIG_NAME
+        if not path.is_file():
+            return
         weights = {each.name: file_sha256(each) for each in sorted(path.parent.glob(WEIGHTS_PATTERN))}
         checksums = {"architecture_sha256": self._architecture_sha256(), "weights_sha256": weights}
         fields = json.loads(path.read_text(encoding="utf-8")) | checksums
         write_beside_then_rename(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
-    def _code_file(self, name):
-        """Path of a code file: beside this one, or, where transformers copied only what it ran, in the repository that
-        this configuration was loaded from; `None` where neither has it."""
-        beside = Path(__file__).with_name(name)
-        if beside.is_file():
-            return beside
-        if not self._name_or_path:
-            return None
-        try:
-            return Path(cached_file(self._name_or_path, name, revision=getattr(self, "_commit_hash", None)))
-        except (OSError, ValueError) as error:
-            logger.warning(f"{name} is not saved: it is not in {self._name_or_path!r} any more ({error})")
-            return None
+
+def code_files():
+    """Paths of the model's code, `CODE_FILES`, which stand beside this file.
+
+    Raises:
+        FileNotFoundError: one of them does not, so that what was saved could not be loaded.
+    """
+    files = [Path(__file__).with_name(name) for name in CODE_FILES]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{', '.join(missing)} is missing in {files[0].parent}, and config.json names it: a folder saved without "
+            f"it could not be loaded. Load the model again from a whole repository"
+        )
+    return files
 
 
 def check_weights(repository, **where):
     """Compares a repository's weights with the `weights_sha256` of its `config.json`, if it has any.
 
     Args:
-        repository (`str` or path): as in `from_pretrained`, which has been through it: what a Hub repository has is in
-            the cache. `where` are `cached_file`'s arguments.
+        repository (`str`, path or `None`): as in `from_pretrained`, which has been through it: what a Hub repository
+            has is in the cache. `where` are `cached_file`'s arguments.
 
     Raises:
         ValueError: a file has another checksum, or `weights_sha256` is no object of checksums by file name.
     """
+    if repository is None:  # weights that were given, not read
+        return
     try:
         path = _stored_file(repository, CONFIG_NAME, local_files_only=True, **where)
         checksums = path and json.loads(Path(path).read_text(encoding="utf-8")).get("weights_sha256")
@@ -431,15 +484,27 @@ def check_weights(repository, **where):
         return
     if checksums is None:
         return
-    legal = isinstance(checksums, dict) and all(re.fullmatch(r"[\w.-]+", name) for name in checksums)
+    legal = isinstance(checksums, dict) and all(map(is_plain_name, checksums))
     require(f"weights_sha256 in {path}", checksums, legal, "an object of SHA-256 checksums by file name")
     for name, checksum in checksums.items():
         file = Path(path).with_name(name)
-        if file.is_file() and file_sha256(file) != checksum:
+        if file.is_file() and _sha256_known(file) != checksum:
             raise ValueError(
                 f"{file} is not the file that weights_sha256 in {path} states: it is damaged, cut short, a Git LFS "
                 f"pointer, or holds other weights. Get both files again; if it was meant, delete weights_sha256"
             )
+
+
+def _sha256_known(path):
+    """[`file_sha256`] of a file of weights, read anew only if it is another than when this process last asked."""
+    path = Path(path).resolve()
+    stat = path.stat()
+    return _sha256_of(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=64)
+def _sha256_of(path, *as_it_stands):
+    return file_sha256(path)
 
 
 def file_sha256(path):
@@ -478,6 +543,11 @@ def _read_presets(path, num_hidden_layers):
             f"num_hidden_layers is {content.get('num_hidden_layers')!r} in {path}, {num_hidden_layers!r} in config.json"
         )
     return presets
+
+
+def is_plain_name(name):
+    """Whether a name out of a file is a name and no path: a str without / \\ : and .., safe to join to a folder."""
+    return isinstance(name, str) and bool(name.strip(".")) and not re.search(r"[/\\:\x00-\x1f]|\.\.", name)
 
 
 def is_number(value, kind=Real):

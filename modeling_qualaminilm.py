@@ -9,8 +9,7 @@ tokens in ascending order of position, rows with fewer tokens ending in dead slo
 
 import itertools
 import math
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Optional
 
 import torch
@@ -20,11 +19,18 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import CONFIG_NAME, ModelOutput
+from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_qualaminilm import QuaLAMiniLMConfig, check_weights, require
-from .quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear, attention_dtype
+from .configuration_qualaminilm import QuaLAMiniLMConfig, check_weights, code_files, require
+from .quantization_qualaminilm import (
+    Int8Weight,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    attention_dtype,
+    fusible,
+    is_plain,
+)
 
 # On a CPU a batch of more takes longer than its parts do: what a layer makes of it does not stay in the cache.
 CACHED_TOKENS = 16 * 384
@@ -79,6 +85,13 @@ def linear(config, in_features, out_features):
     return (QuantizedLinear if config.int8_storage else nn.Linear)(in_features, out_features)
 
 
+class FirstLayerNorm(nn.LayerNorm):
+    """`nn.LayerNorm` that takes any floats, as int8 embeddings or a caller give them, and gives the model's."""
+
+    def forward(self, embeddings):
+        return super().forward(embeddings.to(self.weight.dtype))
+
+
 class QuaLAMiniLMEmbeddings(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -88,20 +101,20 @@ class QuaLAMiniLMEmbeddings(nn.Module):
         self.word_embeddings = embedding(config, config.vocab_size, padding_idx=config.pad_token_id)
         self.position_embeddings = embedding(config, config.max_position_embeddings)
         self.token_type_embeddings = embedding(config, config.type_vocab_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.LayerNorm = FirstLayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, token_type_ids, position_ids, inputs_embeds):
-        shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
-        device = self.position_embeddings.weight.device
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        shape = tokens.shape[:2]
         if position_ids is None:
-            position_ids = self._position_ids(input_ids, shape, device)
+            position_ids = self._position_ids(input_ids, shape, tokens.device)
         if token_type_ids is None:
-            token_type_ids = torch.zeros(shape, dtype=torch.long, device=device)
+            token_type_ids = torch.zeros(shape, dtype=torch.long, device=tokens.device)
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
         embeddings = inputs_embeds + self.token_type_embeddings(token_type_ids) + self.position_embeddings(position_ids)
-        return self.dropout(self.LayerNorm(embeddings.to(self.LayerNorm.weight.dtype)))
+        return self.dropout(self.LayerNorm(embeddings))
 
     def _position_ids(self, input_ids, shape, device):
         """int64 (batch, sequence); (1, sequence) where all rows have the same."""
@@ -125,7 +138,16 @@ class QuaLAMiniLMSelfAttention(nn.Module):
         self.value = linear(config, config.hidden_size, config.hidden_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
 
-    def forward(self, query, key, value, alive, with_map):
+    def forward(self, query_states, hidden_states, asking, alive, with_map):
+        """Attention of `query_states` (batch, queries, hidden), those that are `asking` (bool (batch, queries); `None`:
+        all), over `hidden_states` (batch, keys, hidden), those that are `alive`: what `attend` returns."""
+        # In training on dead slots too: oneDNN builds kernels for each new number of tokens.
+        asking, held = (None, None) if self.training else (asking, alive)
+        query = over_tokens(self.query, asking, query_states)
+        key, value = (over_tokens(layer, held, hidden_states) for layer in (self.key, self.value))
+        return self.attend(query, key, value, alive, with_map)
+
+    def attend(self, query, key, value, alive, with_map):
         """Attention of queries (batch, queries, hidden) over keys and values (batch, keys, hidden), as projected, those
         that are `alive` (bool (batch, keys); `None`: all).
 
@@ -156,14 +178,6 @@ class QuaLAMiniLMSelfAttention(nn.Module):
                 query, key, value, attn_mask=mask, dropout_p=self.dropout.p if self.training else 0.0
             )
         return context.transpose(1, 2).flatten(2), probabilities
-
-    def project(self, query_states, hidden_states, asking, alive):
-        """Queries of `query_states` (batch, queries, hidden), those that are `asking` (bool (batch, queries); `None`:
-        all), and keys and values of `hidden_states` (batch, keys, hidden), those that are `alive`."""
-        if self.training:  # on dead slots too: oneDNN builds kernels for each new number of tokens
-            asking = alive = None
-        keys_and_values = (over_tokens(layer, alive, hidden_states) for layer in (self.key, self.value))
-        return over_tokens(self.query, asking, query_states), *keys_and_values
 
     def project_int8(self, hidden_states, alive, *others):
         """Queries, keys and values of all of `hidden_states` (batch, slots, hidden), and what the linear layers
@@ -250,7 +264,7 @@ class QuaLAMiniLMResidual(nn.Module):
 
     def forward(self, hidden_states, input_tensor):
         projected = self.dense(hidden_states)
-        if isinstance(self.dense, QuantizedLinear):  # floats may be held by autograd, or by somebody's hook
+        if fusible(self.dense):  # floats may be held by autograd, or by somebody's hook
             return self.LayerNorm(projected.to(input_tensor.dtype).add_(input_tensor))
         return self.LayerNorm(self.dropout(projected) + input_tensor)
 
@@ -269,11 +283,18 @@ class QuaLAMiniLMIntermediate(nn.Module):
         self.intermediate_act_fn = ACT2FN[config.hidden_act]
         self.is_gelu = config.hidden_act == "gelu"
 
-    def forward(self, hidden_states, following):
-        """What the linear layer `following` takes: (batch, tokens, intermediate)."""
-        if self.is_gelu and isinstance(self.dense, QuantizedLinear):
-            return self.dense.kernel().gelu_for(self.dense.quantize(hidden_states), following.kernel())
+    def forward(self, hidden_states):
         return self.intermediate_act_fn(self.dense(hidden_states))
+
+
+class Neighbourhood(nn.Conv1d):
+    """`nn.Conv1d` in two dimensions, where oneDNN takes a fifth of the time."""
+
+    def forward(self, channels_first):
+        if self.groups <= 16:  # of so few channels, token by token, in bfloat16, oneDNN's kernel may never return
+            channels_first = channels_first.contiguous()
+        weight, padding = self.weight[:, :, None], (0, *self.padding)
+        return F.conv2d(channels_first[:, :, None], weight, self.bias, padding=padding, groups=self.groups).squeeze(2)
 
 
 class QuaLAMiniLMScorer(nn.Module):
@@ -295,12 +316,15 @@ class QuaLAMiniLMScorer(nn.Module):
         self.dense = linear(config, config.hidden_size, sum(self.sizes))
         self.act_fn = nn.GELU()
         channels = features + self.HEADS
-        self.neighbourhood = nn.Conv1d(channels, channels, 2 * self.REACH + 1, padding=self.REACH, groups=channels)
+        self.neighbourhood = Neighbourhood(channels, channels, 2 * self.REACH + 1, padding=self.REACH, groups=channels)
         self.out_proj = nn.Linear(2 * channels, 1, bias=False)  # a bias would rank nothing
 
     def forward(self, hidden_states, alive):
         """`alive` (bool `(batch, slots)` or `None`: all): slots that hold a token; the others tell it nothing."""
-        return self.score(self.dense(hidden_states), alive)
+        projected = self.dense(hidden_states)
+        if isinstance(self.dense, QuantizedLinear):  # which gives float32 whatever it takes
+            projected = projected.to(hidden_states.dtype)
+        return self.score(projected, alive)
 
     def score(self, projected, alive):
         """`forward` from what `dense` makes of the hidden states."""
@@ -322,14 +346,8 @@ class QuaLAMiniLMScorer(nn.Module):
 
     def look_around(self, own):
         """What the neighbourhood of each slot holds, (batch, slots, channels)."""
-        conv, channels_first = self.neighbourhood, add_tokens(own).transpose(1, 2)
-        if conv.groups <= 16:  # of so few channels, token by token, in bfloat16, oneDNN's kernel may never return
-            channels_first = channels_first.contiguous()
-        # In two dimensions oneDNN takes a fifth of the time.
-        around = F.conv2d(
-            channels_first[:, :, None], conv.weight[:, :, None], conv.bias, padding=(0, self.REACH), groups=conv.groups
-        )
-        return self.act_fn(around).squeeze(2).transpose(1, 2)[:, : own.shape[1]]
+        around = self.neighbourhood(add_tokens(own).transpose(1, 2))
+        return self.act_fn(around).transpose(1, 2)[:, : own.shape[1]]
 
 
 def greatest_match(matched, gated):
@@ -361,22 +379,23 @@ class QuaLAMiniLMLayer(GradientCheckpointingLayer):
         """
         slots, handed_on, residual = None, alive, hidden_states
         by_score, by_attention = keep is not None and self.scorer is not None, keep is not None and self.scorer is None
-        attention = self.attention.self
-        if isinstance(attention.query, QuantizedLinear):
+        attention, needs_map = self.attention.self, with_map or by_attention
+        beside = (self.scorer.dense,) if by_score else ()
+        passed_by = (attention, self.scorer) if by_score else (attention,)
+        if fusible(attention.query, attention.key, attention.value, *beside) and all(map(is_plain, passed_by)):
             # Queries of tokens that are dropped cost less than a product of their own for the others.
-            beside = (self.scorer.dense,) if by_score else ()
             query, key, value, *projected = attention.project_int8(hidden_states, alive, *beside)
             if by_score:
                 scores = self.scorer.score(projected[0].to(hidden_states.dtype), alive)
                 slots, handed_on = select_slots(scores, alive, keep)
                 query, residual = take_slots(query, slots), take_slots(hidden_states, slots)
+            context, attention_map = attention.attend(query, key, value, alive, needs_map)
         else:
             if by_score:
                 scores = self.scorer(hidden_states, alive)
                 slots, handed_on = select_slots(scores, alive, keep, self.training)
                 residual = take_slots(hidden_states, slots)
-            query, key, value = attention.project(residual, hidden_states, handed_on, alive)
-        context, attention_map = attention(query, key, value, alive, with_map or by_attention)
+            context, attention_map = attention(residual, hidden_states, handed_on, alive, needs_map)
         if by_attention:
             slots, handed_on = select_slots(received_attention(attention_map, alive), alive, keep, self.training)
             context, residual = take_slots(context, slots), take_slots(hidden_states, slots)
@@ -386,7 +405,12 @@ class QuaLAMiniLMLayer(GradientCheckpointingLayer):
     def feed_forward(self, context, residual):
         """What comes after attention, token by token."""
         attention_output = self.attention.output(context, residual)
-        return self.output(self.intermediate(attention_output, self.output.dense), attention_output)
+        inner, following = self.intermediate, self.output.dense
+        if inner.is_gelu and fusible(inner.dense, following) and is_plain(inner):
+            activated = inner.dense.kernel().gelu_for(inner.dense.quantize(attention_output), following.kernel())
+        else:
+            activated = inner(attention_output)
+        return self.output(activated, attention_output)
 
 
 def received_attention(probabilities, alive):
@@ -450,6 +474,8 @@ class QuaLAMiniLMEncoder(nn.Module):
         batch, length = hidden_states.shape[:2]
         # A head of few columns makes restoring cheap, but does not tell the hidden states themselves.
         read = unchanged if output_hidden_states else head
+        if real is not None:
+            real = real.to(hidden_states.device)
         counts = [length] * batch if real is None else real.sum(-1).tolist()
         n, alive = counts, real
         # Position of each slot's token; `None` as long as slot i holds token i. Dead slots stand at `length`.
@@ -469,7 +495,7 @@ class QuaLAMiniLMEncoder(nn.Module):
             if drops:
                 # What is dropped here is restored with this layer's input.
                 left.add(read(entering))
-                positions = slots if positions is None else positions.gather(1, slots)
+                positions = slots if positions is None else positions.to(slots.device).gather(1, slots)
                 if handed_on is not None:
                     positions = positions.masked_fill(~handed_on, length)
                 left.went_on(positions)
@@ -495,7 +521,10 @@ def unchanged(states):
 
 
 class LeftBehind:
-    """What was read of tokens where they were dropped, and where each token's last reading stands among the others."""
+    """What was read of tokens where they were dropped, and where each token's last reading stands among the others.
+
+    Where layers lie on several devices it comes along: on one device `to` costs nothing.
+    """
 
     def __init__(self, batch, length, device):
         self.states, self.width = [], 0
@@ -510,13 +539,16 @@ class LeftBehind:
     def went_on(self, positions):
         """The others stand at `positions` (int64 (batch, k)) and are in the slots that come after those added."""
         slots = torch.arange(self.width, self.width + positions.shape[1], device=positions.device)
-        self.index = self.index.scatter(1, positions, slots.expand_as(positions))
+        self.index = self.index.to(positions.device).scatter(1, positions, slots.expand_as(positions))
 
     def restore(self, states):
         """All tokens, (batch, length, columns), those in the last slots with `states` (batch, k, columns)."""
         if not self.states:
             return states
-        return take_slots(torch.cat((*self.states, states), 1), self.index[:, :-1])
+        device = states.device
+        return take_slots(
+            torch.cat([each.to(device) for each in (*self.states, states)], 1), self.index[:, :-1].to(device)
+        )
 
 
 def join(parts):
@@ -550,7 +582,7 @@ def kept_positions(positions, alive, hidden_states, counts, length):
         positions = torch.arange(length, device=hidden_states.device).expand(hidden_states.shape[0], -1)
     if alive is None:
         return positions
-    ascending = positions.masked_fill(~alive, length).sort(-1).values[:, : max(counts)]
+    ascending = positions.masked_fill(~alive.to(positions.device), length).sort(-1).values[:, : max(counts)]
     return ascending.masked_fill(ascending == length, -1)
 
 
@@ -577,21 +609,35 @@ class QuaLAMiniLMPreTrainedModel(PreTrainedModel):
             ValueError: a file of weights that cannot be read, or is not the one that `weights_sha256` in `config.json`
                 states.
         """
+        where = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder") if kwargs.get(name)}
+        # After the load, when the files have come from wherever they are; and what is wrong with one says more than its
+        # effects.
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
-        except SafetensorError as error:
-            raise ValueError(f"the weights of {pretrained_model_name_or_path} cannot be read: {error}") from error
-        finally:
-            # Last, when the files have come from wherever they are; what is wrong with one says more than its effects.
-            if pretrained_model_name_or_path is not None:
-                where = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder") if kwargs.get(name)}
-                check_weights(pretrained_model_name_or_path, **where)
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except Exception as error:
+            check_weights(pretrained_model_name_or_path, **where)
+            if isinstance(error, SafetensorError):
+                message = f"the weights of {pretrained_model_name_or_path} cannot be read: {error}"
+                raise ValueError(message) from error
+            raise
+        check_weights(pretrained_model_name_or_path, **where)
+        return loaded
 
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
-        """As in [`PreTrainedModel`]; also writes the weights' checksums into `config.json`, once they stand."""
+        """As in [`PreTrainedModel`]; also writes the weights' checksums into `config.json`, once they stand.
+
+        Raises:
+            FileNotFoundError: see [`code_files`].
+        """
+        code_files()
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        if is_main_process and (Path(save_directory) / CONFIG_NAME).is_file():
+        if is_main_process:
             self.config.write_checksums(save_directory)
+
+    def _upload_modified_files(self, working_dir, *args, **kwargs):
+        """As in transformers, whose `save_pretrained` asks for it before ours has written the checksums."""
+        self.config.write_checksums(working_dir)
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def dequantize(self, dtype=None):
         """Puts float weights in the place of int8 ones: to train, to save, or to run on a GPU.
@@ -623,6 +669,28 @@ class QuaLAMiniLMPreTrainedModel(PreTrainedModel):
         if mode and self.config.int8_storage:
             raise ValueError("int8 weights cannot be trained: call dequantize() first")
         return super().train(mode)
+
+    def num_parameters(self, only_trainable=False, exclude_embeddings=False):
+        """As in [`PreTrainedModel`]: int8 weights count as the floats that they stand for, of which none learns."""
+        count = super().num_parameters(only_trainable, exclude_embeddings)
+        if not self.config.int8_storage:
+            return count
+        if only_trainable:
+            return 0
+        stored = [module for module in self.modules() if isinstance(module, Int8Weight)]
+        if exclude_embeddings:
+            stored = [module for module in stored if not isinstance(module, QuantizedEmbedding)]
+        return count + sum(module.num_parameters() for module in stored)
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As in [`PreTrainedModel`].
+
+        Raises:
+            ValueError: the weights are int8.
+        """
+        if self.config.int8_storage:
+            raise ValueError("int8 embeddings cannot be resized: call dequantize() first")
+        return super().resize_token_embeddings(*args, **kwargs)
 
     @property
     def length_presets(self):
@@ -705,9 +773,7 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
         # Inductor wants packed int8 weights to be constants of its graph, which they are not.
         encode = self.encode_uncompiled if self.config.int8_storage and torch.compiler.is_compiling() else self.encode
         outputs = encode(parts, lengths, head, with_maps, output_hidden_states, output_kept_tokens)
-        if not output_attentions:
-            outputs["attentions"] = None
-        return outputs
+        return outputs if output_attentions else replace(outputs, attentions=None)
 
     def encode(self, parts, *options):
         """`forward` of a batch in `parts`: which tokens are real, and what the embeddings take."""
@@ -782,6 +848,7 @@ class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
         logits = outputs.last_hidden_state
         real = real_tokens(attention_mask, logits.shape[:2])
         if real is not None:
+            real = real.to(logits.device)
             logits = logits.masked_fill(~real[..., None], torch.finfo(logits.dtype).min)
         start_logits, end_logits = (each.contiguous() for each in logits.unbind(-1))
         loss = None
@@ -800,7 +867,7 @@ class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
 def span_loss(logits, positions, real):
     """Mean cross-entropy of `logits` (batch, sequence) at `positions` (batch,), those that stand on a real token."""
     length = logits.shape[1]
-    positions = positions.view(-1).clamp(0, length)
+    positions = positions.to(logits.device).view(-1).clamp(0, length)
     if real is not None:
         on_real = F.pad(real, (0, 1)).gather(1, positions[:, None]).squeeze(1)
         positions = positions.masked_fill(~on_real, length)
