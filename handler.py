@@ -2,17 +2,6 @@
 
 from transformers import pipeline
 
-PARAMETERS = (
-    "align_to_words",
-    "batch_size",
-    "doc_stride",
-    "handle_impossible_answer",
-    "length_config",
-    "max_answer_len",
-    "max_question_len",
-    "max_seq_len",
-    "top_k",
-)
 EXPECTED = '{"inputs": {"question": "...", "context": "..."}, "parameters": {...}}, or a list of such inputs'
 
 
@@ -49,13 +38,11 @@ class EndpointHandler:
         parameters = data.get("parameters") or {}
         if not isinstance(parameters, dict):
             raise ValueError(f"parameters is {parameters!r}, expected an object")
-        unknown = sorted(parameters.keys() - set(PARAMETERS))
+        unknown = sorted(parameters.keys() - set(self.pipeline.PARAMETERS))
         if unknown:
-            raise ValueError(f"parameters has {unknown[0]!r}, expected some of {', '.join(PARAMETERS)}")
+            raise ValueError(f"parameters has {unknown[0]!r}, expected some of {', '.join(self.pipeline.PARAMETERS)}")
         for example in examples:
             for name in ("question", "context"):
                 if not isinstance(example[name], str):
                     raise ValueError(f"{name} is {example[name]!r}, expected a text")
-        # As a generator: to a list of one the pipeline gives no list.
-        answers = list(self.pipeline((example for example in examples), **parameters))
-        return answers if isinstance(inputs, list) else answers[0]
+        return self.pipeline(inputs, **parameters)

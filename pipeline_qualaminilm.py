@@ -1,14 +1,19 @@
 """`pipeline("question-answering")` for transformers 4.57, and for 5, where the task was removed.
 
-Answers, spans and scores at `top_k=1` are those of the `QuestionAnsweringPipeline` of transformers 4.57.
+Spans and scores are those of the `QuestionAnsweringPipeline` of transformers 4.57, but that an answer does not end in
+the middle of an address, a file name or a number; the class lists where else it differs.
 """
 
 import bisect
+import contextlib
+import difflib
 import heapq
+import inspect
+import re
+import reprlib
 import threading
-import types
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
@@ -23,22 +28,52 @@ from transformers.utils import logging
 MERGED_SPANS = {True: 12, False: 1}  # by align_to_words
 PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
 PROBE = "a"  # what stands for the context where the tokens around it are found
+# Arguments that other versions of transformers take, or that its `pipeline()` reads and hands on all the same.
+OF_TRANSFORMERS = ("framework", "modelcard", "local_files_only")
+AT_CALLS = ("question", "context", "show_progress_bar")  # beside the pipeline's `PARAMETERS`
+
+# For [`whole_string`]. A run stands between blanks, or quotes, brackets and letters that no address or file name has:
+# those from Thai to Khmer, dashes, arrows, everything from Chinese on. The euro and the minus sign are in it.
+RUN = re.compile(r'[^\s"<>\[\]{}|;`\u0e00-\u1dff\u2000-\u20ab\u20ad-\u2211\u2213-\U0010ffff]*')
+# In a run, what its string begins after or ends before: lists and labels, but `1,200` and `host:80`.
+PARTING = re.compile(r"(?<![0-9]),|,(?![0-9])|(?<=[^\W\d_]):(?=[^\W\d_])")
+LONGEST_RUN = 1000  # characters
+# What runs are strings, left as they are but for their ends; see `whole_string`.
+STRING = re.compile(
+    r"@|://|_"
+    r"|[^\W_][#$%&*^~][^\W_]"
+    r"|[^\W_]\+[0-9]"
+    r"|[0-9]\.[0-9]|[^\W_]\.[a-z]|[A-Z]\.[A-Z](?![a-z])"
+    r"|[0-9]/[0-9]|[A-Z]/[A-Z](?![a-z])|/.*/|^[.~]*/"
+    r"|^[-+\u2212\u00b1]\.?[0-9]"
+    r"|^(?=.*[0-9]).*[^\W_]![^\W_]"
+)
+SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*$")  # of an address, before its ://
+COUNTRY = re.compile(r"[A-Z]{1,3}(?=[$\u00a3\u20ac][0-9])")  # the US of `US$5`
+FIELD = re.compile(r"[^\w\n]*(?P<field>\w[^:\n]{0,39}):[ \t]+\S")  # a line that begins so is `field: value`
+WRAPPED = 50  # characters, from which on a line may be one of several that are one paragraph
 
 
 class QuestionAnsweringPipeline(ChunkPipeline):
     """Answers questions with spans of their contexts.
 
-    Arguments, at construction or at each call:
-        question, context (`str` or lists of them, at each call): as in the built-in pipeline also one dict or a list,
-            generator or `Dataset` of dicts with these keys, as first argument.
+    What is asked, at each call:
+        question, context: two `str`; or lists (or tuples) of them, as many of one as of the other, or one `str` as
+            the context of all questions.
+        Or, as first argument: a dict with the keys question and context, of texts or of lists of them; a list or
+            tuple of such dicts; or any other iterable of them, a generator, a `csv.DictReader` or a
+            `datasets.Dataset` for instance, or a map-style `torch.utils.data.Dataset`.
+
+    Arguments, at construction or at each call; any other is an error:
         top_k (`int`, defaults to 1): answers to return, best first; they differ as text, ignoring case.
         doc_stride (`int`): tokens that neighbouring windows of a long context share; by default 128, or half the
             window where that is less.
-        max_answer_len (`int`, defaults to 15): tokens of the longest answer.
+        max_answer_len (`int`, defaults to 15): tokens of the longest answer, before it is widened.
         max_seq_len (`int`): tokens of a window, question included; by default 384, or the tokenizer's maximum.
         max_question_len (`int`): tokens after which a question is cut; by default it is not.
         handle_impossible_answer (`bool`, defaults to `False`): let "" compete with the score of [CLS].
-        align_to_words (`bool`, defaults to `True`): widen answers to whole words.
+        align_to_words (`bool`, defaults to `True`): widen answers to whole words, and to whole strings as
+            [`whole_string`] says.
         padding (`bool` or `str`, defaults to `"do_not_pad"`): as in tokenizers.
         batch_size (`int`, defaults to 1): windows that pass through the model together.
         length_config: tokens each layer keeps; see `QuaLAMiniLMConfig.token_lengths`.
@@ -50,13 +85,32 @@ class QuestionAnsweringPipeline(ChunkPipeline):
 
     Returns:
         for each question a dict with `score` (`float`), `start`, `end` (`int`, characters of the context) and
-        `answer` (`str`, `context[start:end]`), or a list of them if there are several; a list for several questions,
-        an iterator for a generator or `Dataset`.
+        `answer` (`str`, `context[start:end]`); where `top_k` is above 1, a list of at most as many. That for one
+        question, given as two texts or a dict of them; a list of these for lists and tuples, of whatever length; an
+        iterator over them for any other iterable, which is read as far as its answers are asked for.
 
     Raises:
-        ValueError: an empty or blank question or context, one that is `None` or no text, or an argument out of range,
-            naming it.
+        ValueError: an empty or blank question or context, one that is `None` or no text, logits of the model that are
+            not finite, or an argument that is unknown or out of range, naming it.
         KeyError: a dict without `question` or `context`.
+
+        Of several questions, the message names the one at fault by its number: "row 0: " is the first. In a list all
+        are looked at before the model runs. What only the tokenizer or the model can tell, that a question leaves
+        no room for its context for instance, is found when its turn comes. Every exception that ends a list has the
+        answers to the questions before, in order, as its attribute `answers`; a stream gives them first, then raises.
+
+    Where it differs from the pipeline of transformers 4.57:
+        - A list of one question gives a list, where 4.57 gives what is in it; `top_k` above 1 a list even of one.
+        - Unknown arguments are an error, 4.57 ignores them.
+        - Iterables other than lists and tuples are streams, `datasets.Dataset` among them; 4.57 streams generators and
+          torch's data sets, and makes lists of the others.
+        - Questions of a stream are checked too. Faults name their row, and rows before them are answered.
+        - A question or a context of nothing but white space is an error.
+        - Answers are whole strings, and end with the `field: value` line that they begin in: [`whole_string`].
+        - The answers of `top_k` differ as text and there are as many as asked for, if the text has as many; their
+          scores do not depend on `top_k`.
+        - `max_question_len` holds, and is unset by default; 4.57 ignores it with a fast tokenizer.
+        - Where 128 shared tokens do not fit in a window beside a long question, by default fewer are shared.
     """
 
     # Truncation is a setting of the tokenizer object, which threads share.
@@ -66,8 +120,24 @@ class QuestionAnsweringPipeline(ChunkPipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     default_input_names = "question,context"
+    # Names of the arguments, but for those that are taken for 4.57's sake.
+    PARAMETERS = (
+        "align_to_words",
+        "batch_size",
+        "doc_stride",
+        "handle_impossible_answer",
+        "length_config",
+        "max_answer_len",
+        "max_question_len",
+        "max_seq_len",
+        "top_k",
+    )
 
     def __init__(self, *args, **kwargs):
+        known = inspect.signature(ChunkPipeline.__init__).parameters
+        for name in OF_TRANSFORMERS:
+            if name not in known:
+                kwargs.pop(name, None)
         super().__init__(*args, **kwargs)
         if not getattr(self.tokenizer, "is_fast", False) or self.tokenizer.padding_side != "right":
             raise ValueError(f"tokenizer is {self.tokenizer!r}, expected a fast tokenizer that pads on the right")
@@ -92,8 +162,13 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         handle_impossible_answer=None,
         align_to_words=None,
         length_config=None,
-        **kwargs,
+        **unknown,
     ):
+        if unknown:
+            name = next(iter(unknown))
+            near = difflib.get_close_matches(name, (*self.PARAMETERS, *AT_CALLS), n=1)
+            hint = f": did you mean {near[0]!r}?" if near else "."
+            raise ValueError(f"unknown argument {name!r}{hint} Accepted: {', '.join(self.PARAMETERS)}")
         if topk is not None:
             warnings.warn("topk parameter is deprecated, use top_k instead", UserWarning, stacklevel=2)
             top_k = topk if top_k is None else top_k
@@ -131,10 +206,21 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < least):
                 raise ValueError(f"{name} parameter should be an int >= {least} (got {value!r})")
 
-    def __call__(self, *args, num_workers=None, batch_size=None, show_progress_bar=False, **kwargs):
+    def __call__(
+        self,
+        *args,
+        question=None,
+        context=None,
+        data=None,
+        X=None,
+        num_workers=None,
+        batch_size=None,
+        show_progress_bar=False,
+        **kwargs,
+    ):
         """See the class. `num_workers` is accepted as in other pipelines and has no effect: windows are tokenised in
-        the calling thread, which takes a small part of the time that the model does."""
-        examples, single = self._examples(args, kwargs)
+        the calling thread, which takes a small part of the time that the model does. `data` and `X` are 4.57's names
+        of the first argument."""
         self._check_ints(batch_size=(batch_size, 1))
         batch_size = batch_size or self._batch_size or 1
         call_parameters = self._sanitize_parameters(**kwargs)
@@ -144,107 +230,118 @@ class QuestionAnsweringPipeline(ChunkPipeline):
                 (self._preprocess_params, self._forward_params, self._postprocess_params), call_parameters
             )
         ]
-        answers = self._answers(examples, batch_size, show_progress_bar, *parameters)
-        if not isinstance(examples, list):
-            return answers
-        return next(answers) if single else list(answers)
+        items, is_single = self._items(args, question, context, X if data is None else data)
+        examples = self._examples(items, is_single)
+        if not isinstance(items, list):
+            return self._answers(examples, is_single, batch_size, show_progress_bar, *parameters)
+        answers = []
+        try:
+            for answer in self._answers(list(examples), is_single, batch_size, show_progress_bar, *parameters):
+                answers.append(answer)
+        except Exception as error:
+            error.answers = answers
+            raise
+        return answers[0] if is_single else answers
 
-    def _examples(self, args, kwargs):
-        """The call's questions, a list of checked dicts or an iterator over them, and whether one answer is wanted
-        rather than a list."""
+    @staticmethod
+    def _items(args, question, context, data):
+        """What a call asks, unchecked: a list, or another iterable for a stream; and whether it is a single
+        question."""
+        ways = bool(args) + (question is not None or context is not None) + (data is not None)
+        if ways != 1:
+            raise ValueError(
+                "expected `question` and `context`, or as first argument a dict with these keys or an iterable of such "
+                f"dicts{', not both' * (ways > 1)}"
+            )
         if args:
-            inputs = args[0] if len(args) == 1 else list(args)
-            if len(args) == 2 and all(isinstance(argument, str) for argument in args):
-                inputs = {"question": args[0], "context": args[1]}
-        elif "X" in kwargs or "data" in kwargs:
-            inputs = kwargs.pop("X" if "X" in kwargs else "data")
-        elif "question" in kwargs and "context" in kwargs:
-            question, context = kwargs.pop("question"), kwargs.pop("context")
-            if isinstance(question, list):
-                contexts = [context] * len(question) if isinstance(context, str) else context
-                if not isinstance(contexts, list):
-                    raise ValueError(f"`context` is {context!r}, expected a str or a list of them")
-                if len(question) != len(contexts):
-                    raise ValueError("Questions and contexts don't have the same lengths")
-                inputs = self.create_sample(question, contexts)
-            elif isinstance(question, str) and isinstance(context, str):
-                inputs = self.create_sample(question, context)
-            else:
-                name, text = ("context", context) if isinstance(question, str) else ("question", question)
-                raise ValueError(f"`{name}` is {text!r}, expected a str, or lists of them as question and context")
-        else:
-            raise ValueError(f"Unknown arguments {kwargs}")
-        if isinstance(inputs, Dataset) and not isinstance(inputs, IterableDataset):
-            inputs = map(inputs.__getitem__, range(len(inputs)))
-        if isinstance(inputs, (types.GeneratorType, IterableDataset, map)):
-            return (example for item in inputs for example in self._checked(item)), False
-        inputs = [inputs] if isinstance(inputs, dict) or not isinstance(inputs, Iterable) else list(inputs)
-        examples = [self._checked(item) for item in inputs]
-        single = len(examples) == 1 and not (isinstance(inputs[0], dict) and isinstance(inputs[0]["question"], list))
-        return [example for of_item in examples for example in of_item], single
+            is_pair = len(args) == 2 and all(isinstance(argument, str) for argument in args)
+            data = dict(zip(("question", "context"), args)) if is_pair else args[0] if len(args) == 1 else args
+        elif data is None:
+            data = {"question": question, "context": context}
+        if isinstance(data, Mapping) or is_squad_example(data):
+            return [data], not (isinstance(data, Mapping) and is_list(data.get("question")))
+        if isinstance(data, (list, tuple)):
+            return list(data), False
+        if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            return map(data.__getitem__, range(len(data))), False
+        if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
+            return iter(data), False
+        raise ValueError(f"the first argument is {reprlib.repr(data)}, expected a dict or an iterable of dicts")
 
-    def _checked(self, item):
-        """The examples that an item stands for: itself, or one for each question of a dict of lists."""
-        if hasattr(item, "question_text") and hasattr(item, "context_text"):  # 4.57's SquadExample
-            item = self.create_sample(item.question_text, item.context_text)
-        if not isinstance(item, dict):
-            raise ValueError(f"{item} argument needs to be of type (SquadExample, dict)")
-        for name in ("question", "context"):
-            if name not in item:
-                raise KeyError("You need to provide a dictionary with keys {question:..., context:...}")
-            text = item[name]
+    def _examples(self, items, is_single):
+        """Yields the questions that `items` ask, one by one, as checked dicts."""
+        row = 0
+        for item in items:
+            with naming_row(None if is_single else row):
+                samples = self._samples(item)
+            for sample in samples:
+                with naming_row(None if is_single else row):
+                    self._check(sample)
+                yield sample
+                row += 1
+
+    def _samples(self, item):
+        """The questions that an item asks, a list of dicts: itself, or each of its lists'."""
+        if is_squad_example(item):
+            return [self.create_sample(item.question_text, item.context_text)]
+        if not isinstance(item, Mapping):
+            raise ValueError(f"{reprlib.repr(item)} is no dict with the keys question and context")
+        if not {"question", "context"} <= item.keys():
+            raise KeyError("You need to provide a dictionary with keys {question:..., context:...}")
+        question, context = item["question"], item["context"]
+        if not is_list(question):
+            return [self.create_sample(question, context)]
+        contexts = [context] * len(question) if isinstance(context, str) else context
+        if not is_list(contexts):
+            raise ValueError(f"`context` is {reprlib.repr(context)}, expected a str or a list of them")
+        if len(question) != len(contexts):
+            raise ValueError("Questions and contexts don't have the same lengths")
+        return self.create_sample(list(question), contexts)
+
+    @staticmethod
+    def _check(sample):
+        for name, text in sample.items():
             if text is None:
                 raise ValueError(f"`{name}` cannot be None")
-            if isinstance(text, str):
-                if not text:
-                    raise ValueError(f"`{name}` cannot be empty")
-                if name == "question" and text.isspace():
-                    raise ValueError(f"`question` is nothing but white space: {text[:50]!r}")
-                try:
-                    text.encode()
-                except UnicodeEncodeError as error:
-                    raise ValueError(f"`{name}` is not valid Unicode text: {error}") from error
-            elif not isinstance(text, list):
-                raise ValueError(f"`{name}` is {text!r}, expected a str")
-        if isinstance(item["question"], list):
-            if not isinstance(item["context"], list) or len(item["question"]) != len(item["context"]):
-                raise ValueError("Questions and contexts don't have the same lengths")
-            samples = self.create_sample(item["question"], item["context"])
-            return [example for sample in samples for example in self._checked(sample)]
-        if isinstance(item["context"], list):
-            raise ValueError("`context` is a list while `question` is one str")
-        return [item]
+            if not isinstance(text, str):
+                raise ValueError(f"`{name}` is {reprlib.repr(text)}, expected a str")
+            if not text:
+                raise ValueError(f"`{name}` cannot be empty")
+            if text.isspace():
+                fault = "is nothing but white space" if name == "question" else "holds no text"
+                raise ValueError(f"`{name}` {fault}: {text[:50]!r}")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"`{name}` is not valid Unicode text: {error}") from error
 
-    def _answers(self, examples, batch_size, show_progress_bar, preprocess, forward, postprocess):
+    def _answers(self, examples, is_single, batch_size, show_progress_bar, preprocess, forward, postprocess):
         """Yields each example's answers, in order; windows of neighbouring examples share a batch."""
-        waiting, answered = [], []
         characters = sum(len(example["context"]) for example in examples) if isinstance(examples, list) else None
         bar = logging.tqdm(
             total=characters, desc="Answering", unit="character", unit_scale=True, disable=not show_progress_bar
         )
-
-        def run():
-            outputs = self.forward(waiting, **forward)
-            waiting.clear()
-            for output in outputs:
-                bar.update(output["characters"])
-                answered.append(output)
-                if output["is_last"]:
-                    yield self.postprocess(answered, **postprocess)
-                    answered.clear()
-
-        context = tokens = None
+        row, answered = 0, []
         with bar:
-            for example in examples:
+            for batch in batches(self._windows(examples, is_single, preprocess), batch_size):
+                for output in self.forward(batch, **forward):
+                    bar.update(output["characters"])
+                    answered.append(output)
+                    if output["is_last"]:
+                        with naming_row(None if is_single else row):
+                            answer = self.postprocess(answered, **postprocess)
+                        yield answer
+                        row, answered = row + 1, []
+
+    def _windows(self, examples, is_single, preprocess):
+        """Yields the windows of all examples, see `preprocess`."""
+        context = tokens = None
+        for row, example in enumerate(examples):
+            with naming_row(None if is_single else row):
                 if context != example["context"]:
                     context = example["context"]
                     tokens = self._tokenize(context)
-                for window in self.preprocess(example, **preprocess, tokens=tokens):
-                    waiting.append(window)
-                    if len(waiting) == batch_size:
-                        yield from run()
-            if waiting:
-                yield from run()
+                yield from self.preprocess(example, **preprocess, tokens=tokens)
 
     def preprocess(
         self,
@@ -351,15 +448,17 @@ class QuestionAnsweringPipeline(ChunkPipeline):
     def _forward(self, windows, length_config=None):
         encodings = [window["encoding"] for window in windows]
         longest = max(max(len(encoding), encoding.padded_length) for encoding in encodings)
-        names = self.tokenizer.model_input_names
+        shape = len(encodings), longest
+        # Always all three: some versions of transformers say of BERT's tokenizer that it gives no token types.
         inputs = {
-            name: torch.full((len(encodings), longest), self.tokenizer.pad_token_id if name == "input_ids" else 0)
-            for name in names
+            "input_ids": torch.full(shape, self.tokenizer.pad_token_id),
+            "token_type_ids": torch.zeros(shape, dtype=torch.int64),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
         }
         for row, encoding in enumerate(encodings):
-            values = encoding.model_inputs()
-            for name in names:
-                inputs[name][row, : len(encoding)] = torch.from_numpy(values[name])
+            for name, values in encoding.model_inputs().items():
+                inputs[name][row, : len(encoding)] = torch.from_numpy(values)
+        inputs["token_type_ids"].clamp_(max=self.model.config.type_vocab_size - 1)  # RoBERTa has one type
         inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
         outputs = self.model(**inputs, length_config=length_config)
         logits = torch.stack((outputs.start_logits, outputs.end_logits), 1).float().cpu().numpy()
@@ -369,7 +468,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
     def postprocess(
         self, model_outputs, top_k=1, handle_impossible_answer=False, max_answer_len=15, align_to_words=True
     ):
-        """The best answers over all windows of one example.
+        """The best answers over all windows of one example: a list, or where `top_k` is 1 a dict.
 
         A text's score is the sum over windows of p(start) p(end) of those of its spans that are among the window's 12
         best (the best alone without `align_to_words`); of its best span alone if none is. Scores therefore do not
@@ -395,7 +494,130 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         if handle_impossible_answer:
             answers.append({"score": min(window.null_score for window in windows), "start": 0, "end": 0, "answer": ""})
         answers = sorted(answers, key=lambda answer: answer["score"], reverse=True)[:top_k]
-        return answers[0] if len(answers) == 1 else answers
+        return answers if top_k > 1 else answers[0]
+
+
+def is_list(value):
+    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+
+
+def is_squad_example(item):
+    """Whether it is 4.57's `SquadExample`."""
+    return hasattr(item, "question_text") and hasattr(item, "context_text")
+
+
+@contextlib.contextmanager
+def naming_row(row):
+    """Puts a row's number, unless it is `None`, before the message of what the pipeline finds wrong with it."""
+    try:
+        yield
+    except (ValueError, KeyError) as error:
+        if row is not None:
+            error.args = (f"row {row}: {error.args[0]}", *error.args[1:])
+        raise
+
+
+def batches(items, size):
+    """Yields lists of so many items; those that wait when `items` raises come before its exception."""
+    batch = []
+    try:
+        for item in items:
+            batch.append(item)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def whole_string(context, start, end):
+    """The answer `context[start:end]`, ended with its field, then widened to whole strings: (start, end).
+
+    A run is what stands between blanks (more exactly: `RUN`), without quotes, brackets and closing punctuation at its
+    ends. Where the answer's first or last character stands in a run that is a string, the answer begins or ends with
+    it; elsewhere it stays as it is, so that plain words are never joined. A run is a string if it holds
+
+    - @, :// or _;
+    - a dot before a digit, after one; before a small letter, after any letter or digit; or between capitals. Not that
+      of `end.Next`, a full stop whose blank is missing;
+    - a slash between digits or capitals, at its beginning, or a second one. Not that of `and/or`;
+    - one of # $ % & * ^ ~ between letters or digits, a + before a digit, a ! between such where it also has a digit;
+    - a sign at its beginning, before a number.
+
+    A hyphen makes no string: people mean the 24 of `24-year-old` and the 1914 of `1914-1918` as often as the whole.
+
+    An answer ends with the line of the form `field: value` whose end it would run over, unless it begins with that
+    line's field, or the next line goes on with the value: it is no field itself, and begins with a small letter, or
+    the first ends with a comma or the like, or is so long (`WRAPPED`) that it was wrapped.
+
+    Args:
+        context (`str`); start, end (`int`): characters of it, `start < end`.
+    """
+    end = end_of_field(context, start, end)
+    return min(start, string_around(context, start)[0]), max(end, string_around(context, end - 1)[1])
+
+
+def string_around(context, place):
+    """Where the string that the character at `place` is part of starts and ends; that character alone if it is of
+    none."""
+    alone = place, place + 1
+    start = place - RUN.match(context[max(0, place - LONGEST_RUN) : place][::-1]).end()
+    end = place + RUN.match(context[place : place + LONGEST_RUN]).end()
+    if end - start >= LONGEST_RUN:
+        return alone
+    partings = [start + parting.start() for parting in PARTING.finditer(context[start:end])]
+    start = max([start, *(parting + 1 for parting in partings if parting < place)])
+    end = min([end, *(parting for parting in partings if parting >= place)])
+    run = context[start:end]
+    while run:
+        unmatched = run.count("(") != run.count(")")
+        if run[0] in "'*:=" or (run[0] == "(" and (unmatched or run[-1] == ")")):
+            start += 1
+        elif run[-1] in ".,:!?'*" or (run[-1] == ")" and unmatched):
+            end -= 1
+        elif run.endswith("'s"):
+            end -= 2
+        else:
+            break
+        run = context[start:end]
+    if "://" in run:
+        scheme = SCHEME.search(run[: run.index("://")])
+        start += scheme.start() if scheme else 0
+    else:
+        country = COUNTRY.match(run)
+        start += country.end() if country else 0
+    return (start, end) if start <= place < end and STRING.search(run) else alone
+
+
+def end_of_field(context, start, end):
+    """Where the answer `context[start:end]` ends so that it does not run over the end of a field; see
+    [`whole_string`]."""
+    while context[start].isspace() and start < end - 1:
+        start += 1
+    stop = context.find("\n", start, end)
+    if stop < 0:
+        return end
+    first = context.rfind("\n", 0, start) + 1
+    while stop >= 0:
+        line = context[first:stop].rstrip()
+        following = context[stop + 1 : stop + 1 + WRAPPED]
+        field = FIELD.match(line)
+        if field and start not in range(first, first + field.start("field") + 1) and not goes_on(line, following):
+            return first + len(line)
+        first, stop = stop + 1, context.find("\n", stop + 1, end)
+    return end
+
+
+def goes_on(line, following):
+    """Whether a paragraph's line goes on in what follows it."""
+    following = following.split("\n")[0].strip()
+    if not following or FIELD.match(following):
+        return False
+    return following[0].islower() or line[-1] in ",-/&(" or len(line) >= WRAPPED
 
 
 @dataclass(frozen=True, eq=False)
@@ -476,6 +698,10 @@ class SpanScores:
         self.context, self.encoding = output["example"]["context"], output["encoding"]
         self.align_to_words = align_to_words
         logits = output["logits"]
+        if not np.isfinite(logits).all():
+            raise ValueError(
+                "the model's logits are not finite: are its weights damaged, or too large for their dtype?"
+            )
         probabilities = np.exp(logits - logits.max(-1, keepdims=True))
         probabilities /= probabilities.sum(-1, keepdims=True)
         self.null_score = float(probabilities[0, 0] * probabilities[1, 0])
@@ -491,6 +717,8 @@ class SpanScores:
             until = min(last, max(2 * first, 16))
             for score, start, end in self._ranked(first, until):
                 start, end = self.encoding.characters(start, end, self.align_to_words)
+                if self.align_to_words:
+                    start, end = whole_string(self.context, start, end)
                 yield {"score": score, "start": start, "end": end, "answer": self.context[start:end]}
             first = until
 

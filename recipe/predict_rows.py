@@ -297,9 +297,10 @@ class Answerer:
     def answers(self, batch):
         """The pipeline's answer to each row, or the exception that it raised: halves are asked again, until it is known
         whose fault that was."""
-        examples = ({"question": question, "context": context} for *_, question, context in batch)
+        examples = [{"question": question, "context": context} for *_, question, context in batch]
         try:
-            return list(self.pipeline(examples))
+            # One alone is no list of one, so that its fault is not called row 0's.
+            return self.pipeline(examples) if len(batch) > 1 else [self.pipeline(examples[0])]
         except Exception as error:
             if len(batch) == 1:
                 return [error]
