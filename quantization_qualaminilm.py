@@ -51,6 +51,10 @@ class Int8Weight(nn.Module):
         self.weight_scale.copy_((self.magnitude(weight) / 127).clamp(min=torch.finfo(torch.float32).tiny))
         self.weight.copy_((weight / self.weight_scale[:, None]).round())
 
+    def num_parameters(self):
+        """How many floats the stored tensors stand for (`int`)."""
+        return self.weight.numel()
+
     @staticmethod
     def magnitude(weight):
         """What becomes 127 of each row of `weight`: (rows,)."""
@@ -84,8 +88,8 @@ class QuantizedLinear(Int8Weight):
     """`nn.Linear` over int8 weights: (..., in_features), float or uint8 as [`QuantizedLinear.quantize`] gives it, to
     float32 (..., out_features).
 
-    What the processor's kernel needs beside the stored tensors is made at the first call and kept out of copies and
-    pickles.
+    What the processor's kernel needs beside the stored tensors is made at the first call, again where they changed
+    since (all but through `.data`, of which torch keeps no count), and kept out of copies and pickles.
     """
 
     def __init__(self, in_features, out_features):
@@ -95,7 +99,7 @@ class QuantizedLinear(Int8Weight):
         self.register_buffer("smoothing", torch.ones(in_features, dtype=torch.float32))
         self.register_buffer("input_scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("input_zero_point", torch.zeros((), dtype=torch.uint8))
-        self._kernels = {}
+        self._kernels = {}  # by the number of layers beside this one
 
     def dequantized_weight(self):
         """float32 (out_features, in_features)."""
@@ -104,6 +108,9 @@ class QuantizedLinear(Int8Weight):
     def set_weight(self, weight):
         """Rounds `weight`, float (out_features, in_features), to this module's integers, given its `smoothing`."""
         super().set_weight(weight * self.smoothing)
+
+    def num_parameters(self):
+        return super().num_parameters() + self.bias.numel()
 
     @property
     def is_smooth(self):
@@ -130,14 +137,15 @@ class QuantizedLinear(Int8Weight):
         Raises:
             ValueError: these layers quantise their input differently.
         """
-        key = tuple(map(id, others))
-        kernel = self._kernels.get(key)  # once: another thread's `_apply` may empty it
-        if kernel is None:
-            linears = [self, *others]
+        linears = [self, *others]
+        # Once: another thread may put another in its place.
+        kernel = self._kernels.get(len(others))
+        if kernel is None or not kernel.is_of(linears):
             # Made in inference mode, its tensors would be refused outside.
             with torch.inference_mode(False), torch.no_grad():
                 kernel = (OneDNNKernel if runs_on_onednn(linears) else FloatKernel)(linears)
-            self._kernels[key] = kernel
+            if has_own_forward(self):  # else accelerate may lend the tensors for this call only
+                self._kernels[len(others)] = kernel
         return kernel
 
     def dequantize(self):
@@ -147,14 +155,6 @@ class QuantizedLinear(Int8Weight):
         linear.bias.data = self.bias.clone()
         return linear
 
-    def _apply(self, fn, recurse=True):
-        self._kernels = {}
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args, **kwargs):
-        self._kernels = {}
-        super()._load_from_state_dict(*args, **kwargs)
-
     def __getstate__(self):
         return self.__dict__ | {"_kernels": {}}
 
@@ -163,6 +163,12 @@ class Kernel:
     """[`QuantizedLinear`] layers that read one input, side by side, ready for a processor."""
 
     def __init__(self, linears):
+        for linear in linears:
+            for name, buffer in linear._buffers.items():
+                if buffer.is_inference():  # its changes are not counted; a copy's are
+                    linear._buffers[name] = buffer.clone()
+        # Held, so that no other tensor can take the place of one that is gone.
+        self.sources = [(buffer, buffer._version) for linear in linears for buffer in linear._buffers.values()]
         first = linears[0]
         for name in ("input_scale", "input_zero_point", "smoothing"):
             if not all(torch.equal(getattr(first, name), getattr(linear, name)) for linear in linears):
@@ -178,6 +184,11 @@ class Kernel:
         # Half is added so that truncation, which conversion does anyway, rounds.
         self.shift = torch.tensor(self.input_zero_point + 0.5, dtype=torch.float32, device=first.weight.device)
         self.pack(weight, weight_scale)
+
+    def is_of(self, linears):
+        """Whether this kernel was made of what `linears` hold now."""
+        held = (buffer for linear in linears for buffer in linear._buffers.values())
+        return all(now is then and now._version == version for now, (then, version) in zip(held, self.sources))
 
     def quantize(self, hidden_states):
         """float (..., in_features) to uint8 (..., in_features), with rows to spare behind it for [`rows_to_spare`]."""
@@ -250,6 +261,21 @@ class FloatKernel(Kernel):
         return scaled.round_().clamp_(0, 255).to(torch.uint8)  # as oneDNN rounds: of halves, to the even number
 
 
+def has_own_forward(module):
+    """Whether nobody put a function in the place of the module's `forward`, as accelerate does."""
+    return getattr(module.forward, "__func__", None) is type(module).forward
+
+
+def is_plain(module):
+    """Whether a call of `module` does no more than its own `forward`: no hook is to be called with it."""
+    return has_own_forward(module) and not (module._forward_pre_hooks or module._forward_hooks)
+
+
+def fusible(*layers):
+    """Whether kernels may read these layers' tensors without a call of each: int8 layers, all of them plain."""
+    return all(isinstance(layer, QuantizedLinear) and is_plain(layer) for layer in layers)
+
+
 def rounded_up(tokens):
     """One of few numbers, at least `tokens`: oneDNN builds a kernel for each number of rows that it meets, and takes
     longer for it than for a layer. Up to 512 they are multiples of 16; beyond, less than a sixteenth is added."""
@@ -285,24 +311,29 @@ def runs_on_onednn(linears):
     return False
 
 
-@functools.cache
 def onednn_is_exact(pair):
     """Whether oneDNN sums products exactly here where two neighbouring weights' magnitudes add up to `pair` at most."""
-    weight = torch.tensor([[127, pair - 127], [pair - 127, 127], [pair // 2, pair // 2]], dtype=torch.int8)
-    linear = QuantizedLinear(64, 18)
-    linear.weight.copy_(torch.cat((weight, -weight)).repeat(3, 32))
-    quantized = torch.full((4, 64), 255, dtype=torch.uint8)
     try:
-        return torch.equal(OneDNNKernel([linear])(quantized), FloatKernel([linear])(quantized))
+        return sums_exactly(pair)
     except (AttributeError, RuntimeError):
         return False
+
+
+@functools.cache  # which remembers no exception: it may come of what the caller runs under
+def sums_exactly(pair):
+    with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
+        weight = torch.tensor([[127, pair - 127], [pair - 127, 127], [pair // 2, pair // 2]], dtype=torch.int8)
+        linear = QuantizedLinear(64, 18)
+        linear.weight.copy_(torch.cat((weight, -weight)).repeat(3, 32))
+        quantized = torch.full((4, 64), 255, dtype=torch.uint8)
+        return torch.equal(OneDNNKernel([linear])(quantized), FloatKernel([linear])(quantized))
 
 
 @functools.cache
 def warn_of_float_kernel():
     logger.warning(
-        "This processor or this build of torch has no exact 8-bit matrix products of these weights: answers are the "
-        "same, but take the time of float32."
+        "This processor or this build of torch has no exact 8-bit matrix products of these weights: they are "
+        "multiplied in float32. It takes longer; answers are nearly always the same."
     )
 
 

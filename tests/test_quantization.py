@@ -26,6 +26,7 @@ from qualaminilm.quantization_qualaminilm import (
     QuantizedEmbedding,
     QuantizedLinear,
     onednn_is_exact,
+    sums_exactly,
 )
 from recipe.data import load_tokenizer
 from recipe.evaluate import answer_all
@@ -33,7 +34,7 @@ from recipe.quantize import Values, main, quantize
 from tests.brute_force import BruteForce
 
 # Where oneDNN multiplies by its scales in the float kernel's order; elsewhere a close call may end otherwise.
-AVX512 = torch.cpu.get_capabilities().get("avx512_vnni") and "ONEDNN_MAX_CPU_ISA" not in os.environ
+AVX512 = torch.cpu._is_vnni_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ
 KINDS = [(family, significance) for family in ("bert", "roberta") for significance in ("attention", "learned")]
 has_qlinear = pytest.mark.skipif(not hasattr(torch.ops.onednn, "qlinear_pointwise"), reason="torch without oneDNN")
 
@@ -388,7 +389,7 @@ def test_an_op_that_is_missing_or_wrong_is_not_used(failure, monkeypatch):
         return torch.zeros(4, 16)
 
     monkeypatch.setattr(OneDNNKernel, "__call__", product)
-    onednn_is_exact.cache_clear()
+    sums_exactly.cache_clear()
     try:
         assert not onednn_is_exact(PAIR_LIMIT)
         linear = random_linear(8, 4)
@@ -396,7 +397,7 @@ def test_an_op_that_is_missing_or_wrong_is_not_used(failure, monkeypatch):
         torch.testing.assert_close(linear(quantized).double(), integer_twin(linear, quantized), atol=1e-3, rtol=1e-5)
     finally:
         monkeypatch.undo()
-        onednn_is_exact.cache_clear()
+        sums_exactly.cache_clear()
 
 
 def test_the_command_writes_a_model_that_answers(tmp_path, city_file):
