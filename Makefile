@@ -8,7 +8,7 @@ override export CONTEXT := $(value CONTEXT)
 PYTHON ?= python3
 PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: answer demo setup test lint report check-report
+.PHONY: answer demo setup test test-oldest lint report check-report
 
 answer: .venv/.runtime-installed
 	@.venv/bin/python -m recipe.answer
@@ -22,6 +22,12 @@ test: .venv/.tests-installed .venv-4/.tests-installed /usr/bin/chromium
 	.venv/bin/python -m pytest
 	.venv-4/bin/python -m pytest
 	@$(MAKE) --no-print-directory check-report
+
+# What a user's machine runs, on the oldest versions that are claimed. By hand: torch 2.8 is a large download.
+test-oldest: .venv-oldest/.tests-installed
+	.venv-oldest/bin/python -m pytest $(addprefix tests/test_,$(addsuffix .py,\
+		hundred_questions old_folders pipeline modeling quantization devices configuration convert damaged_files \
+		handler long_documents rough_inputs services))
 
 report: .venv/.tests-installed
 	.venv/bin/python -m recipe.report
@@ -49,6 +55,11 @@ lint: .venv/.tests-installed
 .venv-4/.tests-installed: requirements-4.txt requirements-tests.txt requirements-recipe.txt requirements-export.txt
 	$(PYTHON) -m venv .venv-4
 	.venv-4/$(PIP_INSTALL) -r requirements-4.txt -r requirements-tests.txt -r requirements-export.txt
+	touch $@
+
+.venv-oldest/.tests-installed: requirements-oldest.txt requirements-tests.txt requirements-recipe.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/$(PIP_INSTALL) -r requirements-oldest.txt -r requirements-tests.txt
 	touch $@
 
 # The demo's tests drive it; where it cannot be installed, they are skipped.
