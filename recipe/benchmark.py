@@ -32,7 +32,7 @@ from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.quantization_qualaminilm import QuantizedLinear
-from recipe.data import file_sha256, identities, load_tokenizer, read_questions, refuse_test_sets
+from recipe.data import file_sha256, identities, load_tokenizer, read_questions
 from recipe.evaluate import ROOT
 from recipe.export import build_graph
 from recipe.peers import (
@@ -46,6 +46,7 @@ from recipe.peers import (
 )
 from recipe.quantize import quantize
 from recipe.results import describe_run, save_figure, write_json
+from recipe.test_sets import refuse_test_sets
 
 BASELINE = "BERT-base, transformers, fp32"
 LENGTH = 384
@@ -338,7 +339,7 @@ def main():
     if not (arguments.data and arguments.output):
         parser.error("the following arguments are required: --data, --output")
     data = identities(arguments.data)
-    refuse_test_sets("--data", data)
+    refuse_test_sets("--data", arguments.data)
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model)
     if not model.config.int8_storage:
         raise ValueError(f"--model {arguments.model} has float weights, expected int8 ones (recipe.quantize)")

@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
-from recipe.data import SPLITS, TEST_SETS, file_sha256, identities, load_tokenizer, read_questions
+from recipe.data import SPLITS, file_sha256, identities, load_tokenizer, read_questions, with_answers
 from recipe.presets import parse_length_config, record_scores
 from recipe.results import describe_run, write_json
+from recipe.test_sets import is_test_set
 
 ROOT = Path(__file__).resolve().parent.parent
 TEST_LOG = ROOT / "results" / "test-runs.jsonl"
@@ -81,14 +82,15 @@ def main():
     arguments = parser.parse_args()
     length_config = parse_length_config(arguments.length_config)
     data = identities(arguments.data)
-    is_test = any(each in TEST_SETS for each in data.values())
+    is_test = any(map(is_test_set, arguments.data))
     recorded_as = "test" if is_test else "validation"
     if arguments.record and not (isinstance(length_config, str) and (is_test or arguments.split == "validation")):
         parser.error("--record takes a preset's name as --length_config, and a test set or --split validation")
 
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipeline = QuestionAnsweringPipeline(model=model.eval(), tokenizer=load_tokenizer(arguments.model))
-    questions = datasets.concatenate_datasets([read_questions(source, arguments.split) for source in arguments.data])
+    tables = [read_questions(source, arguments.split) for source in arguments.data]
+    questions = with_answers(datasets.concatenate_datasets(tables))
     started = time.perf_counter()
     texts, lengths = answer_all(pipeline, questions, arguments.batch_size, length_config)
     seconds = time.perf_counter() - started

@@ -22,14 +22,13 @@ from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.quantization_qualaminilm import cpu_multiplies_bfloat16
 from recipe.data import (
     cap_questions_per_paragraph,
-    identity,
     load_config,
     load_tokenizer,
     read_questions,
-    refuse_test_sets,
     training_features,
 )
 from recipe.presets import without_scores
+from recipe.test_sets import refuse_test_sets
 
 # Softens teacher and student alike, so that what the teacher thinks of the second-best span is heard (Hinton et al.,
 # arXiv:1503.02531); the usual factor of its square keeps the gradient's size.
@@ -233,7 +232,7 @@ def train(trainer_class, model, arguments, training, **trainer_arguments):
     """
     if training.n_gpu > 1:
         raise ValueError(f"one process has {training.n_gpu} GPUs; start one for each by accelerate launch -m")
-    refuse_test_sets("--train", {source: identity(source) for source in arguments.train})
+    refuse_test_sets("--train", arguments.train)
     tokenizer = load_tokenizer(base_folder(arguments))
 
     def features_of(split):

@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.quantization_qualaminilm import INT8_STORAGE, QuantizedEmbedding, QuantizedLinear
-from recipe.data import identities, load_tokenizer, read_questions, refuse_test_sets, training_features
+from recipe.data import load_tokenizer, read_questions, training_features
 from recipe.presets import without_scores
+from recipe.test_sets import refuse_test_sets
 
 
 class Features:
@@ -211,7 +212,7 @@ def calibration_rows(data, tokenizer, max_length=384, windows=256, seed=0):
     Raises:
         ValueError: one of the sources is a test set.
     """
-    refuse_test_sets("--data", identities(data))
+    refuse_test_sets("--data", data)
     questions = datasets.concatenate_datasets([read_questions(source, "train") for source in data])
     questions = questions.shuffle(seed=seed).select(range(min(len(questions), windows)))
     return training_features(questions, tokenizer, max_length, doc_stride=max_length // 3)

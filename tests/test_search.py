@@ -1,5 +1,4 @@
 import json
-import os
 import random
 import signal
 import sqlite3
@@ -15,7 +14,7 @@ from PIL import Image
 
 from conftest import ROOT, tiny_config, tiny_folder
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
-from recipe import data, search
+from recipe import search
 
 measurements = st.sets(st.tuples(st.integers(0, 20), st.integers(1, 20)), max_size=30).map(
     lambda points: [{"f1": f1, "macs_share": share} for f1, share in points]
@@ -154,11 +153,3 @@ def test_a_study_of_other_settings_is_refused(tmp_path):
     search.Candidates(path, {"seed": 1, "population": 6})
     with pytest.raises(ValueError, match="other settings: .*'seed': 1.*, not .*'seed': 2"):
         search.Candidates(path, {"seed": 2, "population": 6})
-
-
-def test_the_test_set_is_refused(tmp_path, city_file, monkeypatch):
-    monkeypatch.setattr(data, "TEST_SETS", (data.identity(city_file),))
-    monkeypatch.setattr(sys, "argv", command(tmp_path / "model", city_file)[2:])
-    with pytest.raises(ValueError, match="cities.json is a test set"):
-        search.main()
-    assert not os.path.exists(tmp_path / "model" / "search.sqlite3")
