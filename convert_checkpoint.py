@@ -2,6 +2,7 @@
 `python convert_checkpoint.py SOURCE OUT [--quantize int8 --calibration FILE]`.
 
 The result answers as SOURCE does and takes a `length_config`; recipe/ trains, searches and quantises it further.
+Only --quantize needs what recipe/ needs (requirements-recipe.txt).
 """
 
 import argparse
@@ -15,10 +16,9 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from safetensors.torch import load_file
 from transformers import AutoConfig, PretrainedConfig
 
-from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig, is_plain_name, require
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import load_tokenizer
-from recipe.quantize import calibration_rows, quantize
 from recipe.results import whole_folder
 
 ARCHITECTURES = {"bert": "BertForQuestionAnswering", "roberta": "RobertaForQuestionAnswering"}
@@ -96,13 +96,14 @@ def read_weights(folder):
     """The checkpoint's entries: name -> tensor, or what torch.ao's int8 layers store.
 
     Raises:
-        ValueError: no weights, or a file that cannot be read, or not without running code of its own.
+        ValueError: no weights, a file that cannot be read, or not without running code of its own, or an index that
+            is no object of file names.
     """
     for name, read in (("model.safetensors", load_file), ("pytorch_model.bin", read_pickle)):
         index = folder / f"{name}.index.json"
         files = [name] if (folder / name).exists() else []
         if not files and index.exists():
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            files = shards(index)
         entries = {}
         for file in files:
             try:
@@ -112,6 +113,19 @@ def read_weights(folder):
         if files:
             return entries
     raise ValueError(f"{folder} has neither model.safetensors nor pytorch_model.bin")
+
+
+def shards(index):
+    """Names of the files that an index of weights tells of, all of them in its own folder."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{index} is no index of weights: {type(error).__name__}: {error}") from error
+    legal = isinstance(weight_map, dict) and weight_map
+    require(f"weight_map in {index}", weight_map, legal, "a file's name for each tensor")
+    for name in weight_map.values():
+        require(f"a file in {index}", name, is_plain_name(name), "the name of a file beside it, no path")
+    return sorted(set(weight_map.values()))
 
 
 def read_pickle(path):
@@ -234,6 +248,12 @@ def main():
 
 
 def convert(arguments):
+    if arguments.quantize:
+        try:
+            from recipe.quantize import calibration_rows, quantize
+        except ModuleNotFoundError as error:
+            advice = "pip install -r requirements-recipe.txt"
+            raise ValueError(f"--quantize needs {error.name}, which is not installed: {advice}") from error
     out = arguments.out
     if out.exists() or out.is_symlink():  # before anything is downloaded
         raise FileExistsError(f"OUT {out} exists, expected a folder that is yet to be made")
