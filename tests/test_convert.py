@@ -30,7 +30,7 @@ from transformers import (
 )
 
 import convert_checkpoint
-from conftest import ROOT, right_padded, run, tiny_folder, trains
+from conftest import ROOT, right_padded, tiny_folder, trains
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.quantization_qualaminilm import QuantizedLinear
 from recipe.data import load_tokenizer
@@ -552,7 +552,13 @@ def test_int8_checkpoints_become_int8(int8_twin, city_file, tmp_path):
 
 
 @trains
-def test_converted_weights_go_through_the_recipe(city_file, tmp_path):
+def test_converted_weights_go_through_the_recipe(city_file, tmp_path, monkeypatch):
+    from recipe import adapt, quantize, search
+
+    def run(command, *arguments):
+        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, arguments)])
+        command.main()
+
     tiny = QuaLAMiniLMForQuestionAnswering.from_pretrained(tiny_folder(tmp_path / "tiny"))
     sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     fields = {name: getattr(tiny.config, name) for name in (*sizes, "max_position_embeddings")}
@@ -567,12 +573,12 @@ def test_converted_weights_go_through_the_recipe(city_file, tmp_path):
     settings += "--seed 3 --candidates 24 --population 6 --subset 6 --survivors 5".split()
     settings += ["--max_loss", 100, "--max_preset_loss", 100]
     settings += ["--length_drop_ratio_bound", 0.9, "--preset_shares", 0.7, 0.63, 0.6, 0.57]
-    run("recipe.search", "--model", out, "--data", city_file, *settings)
+    run(search, "--model", out, "--data", city_file, *settings)
     presets = QuaLAMiniLMForQuestionAnswering.from_pretrained(out).length_presets
     assert len(presets) == 5
     steps = ["--max_steps", 2, "--bf16", "False"]
-    run("recipe.adapt", "--model", out, "--train", city_file, *steps, "--output_dir", adapted)
-    run("recipe.quantize", "--model", adapted, "--data", city_file, "--max_length", 64, "--output_dir", int8)
+    run(adapt, "--model", out, "--train", city_file, *steps, "--output_dir", adapted)
+    run(quantize, "--model", adapted, "--data", city_file, "--max_length", 64, "--output_dir", int8)
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(int8)
     assert model.config.int8_storage and model.config.num_hidden_layers == 2 and model.config.hidden_size == 16
     assert model.length_presets == presets
