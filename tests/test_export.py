@@ -1,4 +1,4 @@
-import io
+import copy
 import sys
 from types import SimpleNamespace
 
@@ -10,21 +10,23 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, pipeline
 
 from conftest import ROOT, TRANSFORMERS_5, right_padded, tiny_config
-from qualaminilm import modeling_qualaminilm
+
+if TRANSFORMERS_5:
+    pytest.skip("Optimum runs on transformers 4.57", allow_module_level=True)
+
+import onnxruntime
+import openvino
+from optimum.intel import OVModelForQuestionAnswering
+from optimum.onnxruntime import ORTModelForQuestionAnswering
+
+from qualaminilm import modeling_qualaminilm, quantization_qualaminilm
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe.data import load_tokenizer
 from recipe.evaluate import answer_all
-
-pytestmark = pytest.mark.skipif(TRANSFORMERS_5, reason="Optimum runs on transformers 4.57")
-if not TRANSFORMERS_5:
-    import onnxruntime
-    import openvino
-    from optimum.intel import OVModelForQuestionAnswering
-    from optimum.onnxruntime import ORTModelForQuestionAnswering
-
-    from recipe.export import build_graph, main
-    from recipe.quantize import quantize
+from recipe.export import build_graph, main
+from recipe.quantize import quantize
+from tests.grid_steps import assert_possible
 
 KINDS = [(family, significance) for family in ("bert", "roberta") for significance in ("attention", "learned")]
 CONFIGS = ("full", [1.0, 0.6, 0.3], [0.7, 0.7, 0.2], [9, 6, 2], [12, 12, 12])
@@ -45,8 +47,8 @@ def onnx_runtime(graph):
 
 def open_vino(graph):
     hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
-    converted = openvino.convert_model(io.BytesIO(graph.SerializeToString()))
-    compiled = openvino.compile_model(converted, "CPU", hints)
+    read = openvino.Core().read_model(graph.SerializeToString())  # convert_model takes twice as long
+    compiled = openvino.compile_model(read, "CPU", hints)
     names = {each.any_name for each in compiled.inputs}
 
     def run(inputs):
@@ -62,12 +64,15 @@ def batch(config, lengths, seed=0):
     return {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": types.contiguous()}
 
 
-def assert_agrees(run, model, length_config, inputs, tolerance=1e-4):
+def span_logits(run, inputs):
+    return run({name: tensor.numpy() for name, tensor in inputs.items()})
+
+
+def assert_agrees(run, model, length_config, inputs):
     with torch.inference_mode():
         expected = model(**inputs, length_config=length_config)
-    found = run({name: tensor.numpy() for name, tensor in inputs.items()})
-    for logits, name in zip(found, ("start_logits", "end_logits")):
-        np.testing.assert_allclose(logits, expected[name].numpy(), atol=tolerance, rtol=0)
+    for logits, name in zip(span_logits(run, inputs), ("start_logits", "end_logits")):
+        np.testing.assert_allclose(logits, expected[name].numpy(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("runtime", [onnx_runtime, open_vino])
@@ -104,19 +109,26 @@ def one_graph():
     return model, onnx_runtime(build_graph(model, [0.8, 0.5, 0.2]))
 
 
-@pytest.mark.parametrize("runtime", [onnx_runtime, open_vino])
 @pytest.mark.parametrize("family, significance", KINDS)
-def test_int8_graphs_compute_what_the_model_does(runtime, family, significance, monkeypatch):
-    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)
+def test_int8_graphs_and_kernels_compute_one_model(family, significance, monkeypatch):
+    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)  # as in the graphs
     model = random_model(family, significance)
     rows = [{"input_ids": ids.tolist(), "token_type_ids": [0] * len(ids)} for ids in torch.randint(3, 60, (8, 30))]
     quantized = quantize(model, rows)
-    graph = build_graph(quantized, [0.9, 0.6, 0.4])
+    length_config = [0.9, 0.6, 0.4]
+    graph = build_graph(quantized, length_config)
     kinds = [node.op_type for node in graph.graph.node]
     assert kinds.count("QuantizeLinear") >= 3 * 4 and kinds.count("DequantizeLinear") >= 3 * (4 + 6)
     stored = [each for each in graph.graph.initializer if len(each.dims) == 2 and each.dims[0] > 1]
     assert {each.data_type for each in stored} <= {3, 1} and sum(each.data_type == 3 for each in stored) >= 3 * 6 + 2
-    assert_agrees(runtime(graph), quantized, [0.9, 0.6, 0.4], batch(model.config, [31, 5, 18]))
+    inputs = batch(model.config, [31, 5, 18, *range(1, 13)])
+    found = [span_logits(runtime(graph), inputs) for runtime in (onnx_runtime, open_vino)]
+    for on_onednn in (True, False):
+        monkeypatch.setattr(quantization_qualaminilm, "runs_on_onednn", lambda _, answer=on_onednn: answer)
+        with torch.inference_mode():
+            outputs = copy.deepcopy(quantized)(**inputs, length_config=length_config)
+        found.append((outputs.start_logits, outputs.end_logits))
+    assert_possible(quantized, inputs, length_config, *found)
 
 
 def test_only_activations_that_are_known():
@@ -145,11 +157,15 @@ def test_optimum_loads_the_export_and_answers(tmp_path, monkeypatch, runtime):
         main()
 
 
-@pytest.mark.parametrize("length_config", ["full", "accurate", "fastest"])
-def test_the_shipped_models_graph_agrees_on_real_questions(validation_questions, length_config):
-    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval().dequantize()
-    tokenizer = load_tokenizer(ROOT)
-    questions = validation_questions.shuffle(seed=0).select(range(6))
+@pytest.fixture(scope="module")
+def shipped():
+    return QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval(), load_tokenizer(ROOT)
+
+
+@pytest.mark.parametrize("length_config", ["full", "fastest"])
+def test_the_shipped_models_graph_agrees_on_real_questions(shipped, hundred_questions, length_config):
+    model, tokenizer = copy.deepcopy(shipped[0]).dequantize(), shipped[1]
+    questions = hundred_questions.select(range(0, 100, 25))
     inputs = tokenizer(
         list(questions["question"]),
         list(questions["context"]),
@@ -174,16 +190,19 @@ class Exported:
         return SimpleNamespace(start_logits=torch.tensor(start), end_logits=torch.tensor(end))
 
 
-# A rounding step more or less decides close calls, and, where tokens are dropped, which ones are.
-@pytest.mark.parametrize("length_config, least", [("full", 0.96), ("balanced", 0.95)])
-def test_int8_graphs_give_the_shipped_models_answers(validation_questions, length_config, least, monkeypatch):
+@pytest.mark.parametrize("length_config", ["full", "balanced"])
+def test_int8_graphs_give_the_shipped_models_answers(shipped, hundred_questions, length_config, monkeypatch):
+    """Of a row's millions of activations some round the other way in the graph, which decides close calls: of 300
+    questions 6 (full) and 3 (balanced) had another answer on AVX2. Were it 4 of 100, more than 8 of 60 would have one
+    in a thousandth of all draws."""
     monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)  # as in the graph
-    model, tokenizer = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval(), load_tokenizer(ROOT)
-    questions = validation_questions.shuffle(seed=1).select(range(300))
+    model, tokenizer = shipped
+    by_length = sorted(range(100), key=lambda i: len(hundred_questions[i]["context"]))
+    questions = hundred_questions.select(by_length[:60])
     exported = QuestionAnsweringPipeline(model, tokenizer)
     exported.model = Exported(onnx_runtime(build_graph(model, length_config)), model.config)
     ours, theirs = (
         answer_all(each, questions, 16, length_config, progress=False)[0]
         for each in (QuestionAnsweringPipeline(model, tokenizer), exported)
     )
-    assert sum(one == other for one, other in zip(ours, theirs)) >= least * 300
+    assert sum(one == other for one, other in zip(ours, theirs)) >= 60 - 8
