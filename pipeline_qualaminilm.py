@@ -617,7 +617,7 @@ def goes_on(line, following):
     following = following.split("\n")[0].strip()
     if not following or FIELD.match(following):
         return False
-    return following[0].islower() or line[-1] in ",-/&(" or len(line) >= WRAPPED
+    return following[0].islower() or line[-1] in ",/&(" or len(line) >= WRAPPED
 
 
 @dataclass(frozen=True, eq=False)
