@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from conftest import ROOT, run, tiny_config, tiny_folder, trains
+from conftest import ROOT, tiny_config, tiny_folder, trains
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import load_tokenizer
@@ -77,19 +77,25 @@ def distance(student, teacher):
 
 
 @trains
-def test_a_fine_tuning_that_was_stopped_goes_on_to_the_same_weights(tmp_path, city_file):
+def test_a_fine_tuning_that_was_stopped_goes_on_to_the_same_weights(tmp_path, city_file, monkeypatch, capsys):
+    from recipe import evaluate, finetune
+
+    def run(module, *options):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, options)])
+        module.main()
+
     base = tiny_folder(tmp_path / "base")
     options = ["--model", base, "--train", city_file, "--max_length", 40, "--doc_stride", 8, "--learning_rate", 1e-2]
     options += ["--per_device_train_batch_size", 8, "--num_train_epochs", 4, "--save_steps", 7]
     options += ["--save_total_limit", 5, "--bf16", "False"]
-    run("recipe.finetune", *options, "--output_dir", tmp_path / "whole")
+    run(finetune, *options, "--output_dir", tmp_path / "whole")
     whole = QuaLAMiniLMForQuestionAnswering.from_pretrained(tmp_path / "whole").state_dict()
 
     # Stopped in the middle of the third epoch: of checkpoints there is that of step 14 of 24.
     stopped = tmp_path / "stopped"
     stopped.mkdir()
     (tmp_path / "whole" / "checkpoint-14").rename(stopped / "checkpoint-14")
-    run("recipe.finetune", *options, "--output_dir", stopped)
+    run(finetune, *options, "--output_dir", stopped)
     resumed = QuaLAMiniLMForQuestionAnswering.from_pretrained(stopped).state_dict()
     for name, tensor in whole.items():
         torch.testing.assert_close(resumed[name], tensor)
@@ -100,21 +106,13 @@ def test_a_fine_tuning_that_was_stopped_goes_on_to_the_same_weights(tmp_path, ci
     assert before == pytest.approx(after)
 
     taught = tmp_path / "taught"
-    run("recipe.finetune", *options, "--teacher", tmp_path / "whole", "--teacher_weight", 1.0, "--output_dir", taught)
+    run(finetune, *options, "--teacher", tmp_path / "whole", "--teacher_weight", 1.0, "--output_dir", taught)
     assert distance(taught, tmp_path / "whole") < distance(base, tmp_path / "whole") / 2
 
     result = tmp_path / "result.json"
-    printed = run(
-        "recipe.evaluate",
-        "--model",
-        tmp_path / "whole",
-        "--data",
-        city_file,
-        "--length_config",
-        "[20, 9]",
-        "--output",
-        result,
-    ).stdout
+    options = ["--model", tmp_path / "whole", "--data", city_file, "--length_config", "[20, 9]", "--output", result]
+    run(evaluate, *options)
+    printed = capsys.readouterr().out
     found = json.loads(result.read_text())
     assert found["questions"] == 48 and found["length_config"] == [20, 9]
     assert f"F1 {found['f1']:.2f}" in printed and str(result) in printed

@@ -73,11 +73,11 @@ def test_presets_are_the_best_that_their_shares_of_the_macs_pay_for():
         placed(*front[2:], candidate(70, 0.45))
 
 
-def command(folder, city_file, *options):
+def command(folder, city_file):
     """A search over a copy of one tiny model, which writes all it writes into `folder`."""
     if not folder.exists():
         tiny_folder(folder)
-    options = ["--model", folder, "--data", city_file, "--study", folder / "search.sqlite3", "--seed", 3, *options]
+    options = ["--model", folder, "--data", city_file, "--study", folder / "search.sqlite3", "--seed", 3]
     options += ["--candidates", 24, "--population", 6, "--subset", 6, "--max_loss", 100, "--max_preset_loss", 100]
     options += ["--length_drop_ratio_bound", 0.9, "--preset_shares", 0.7, 0.63, 0.6, 0.57]
     options += ["--survivors", 5, "--output", folder / "search.json", "--plot", folder / "pareto.png"]
@@ -92,10 +92,16 @@ def measured_so_far(path):
         return 0
 
 
-def test_a_search_killed_at_a_random_moment_ends_with_the_same_front(tmp_path, city_file):
+def test_a_search_killed_at_a_random_moment_ends_with_the_same_front(tmp_path, city_file, monkeypatch, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    done = subprocess.run(command(whole, city_file), cwd=ROOT, check=True, capture_output=True, text=True)
-    assert "The front after 24 candidates" in done.stdout and str(whole / "pareto.png") in done.stdout
+
+    def run_here(folder):
+        monkeypatch.setattr(sys, "argv", command(folder, city_file)[2:])
+        search.main()
+        return capsys.readouterr()
+
+    printed = run_here(whole).out
+    assert "The front after 24 candidates" in printed and str(whole / "pareto.png") in printed
 
     running = subprocess.Popen(command(killed, city_file), cwd=ROOT, stderr=subprocess.DEVNULL)
     moment = random.randrange(1, 28)  # 24 on the subset, then full and the survivors on all questions
@@ -105,8 +111,7 @@ def test_a_search_killed_at_a_random_moment_ends_with_the_same_front(tmp_path, c
     running.wait()
     stopped_after = measured_so_far(killed / "search.sqlite3")
     assert stopped_after > 0
-    resumed = subprocess.run(command(killed, city_file), cwd=ROOT, check=True, capture_output=True, text=True)
-    assert f"{stopped_after}/24" in resumed.stderr or stopped_after >= 24
+    assert f"{stopped_after}/24" in run_here(killed).err or stopped_after >= 24
 
     first, second = (json.loads((folder / "search.json").read_text()) for folder in (whole, killed))
     for part in ("candidates", "survivors", "presets", "full_on_subset"):
