@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
 
+once = pytest.mark.skipif(not TRANSFORMERS_5, reason="nothing here differs between the transformers lines")
 trains = pytest.mark.skipif(not TRANSFORMERS_5, reason="the training recipes run on transformers 5")
 
 
