@@ -12,18 +12,10 @@ from collections import Counter
 from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import transformers
 from transformers import PretrainedConfig
-from transformers.utils import CONFIG_NAME, cached_file
-
-if TYPE_CHECKING:
-    # Never run. Beside a file of remote code transformers copies those that it imports, which it finds by such lines:
-    # whatever is loaded first, a configuration alone too, all of `CODE_FILES` then stand together to be saved again.
-    from .modeling_qualaminilm import QuaLAMiniLMModel  # noqa: F401
-    from .pipeline_qualaminilm import QuestionAnsweringPipeline  # noqa: F401
-    from .quantization_qualaminilm import QuantizedLinear  # noqa: F401
+from transformers.utils import CONFIG_NAME, TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
 
 OLDEST = {"torch": (2, 8), "transformers": (4, 57)}
 
@@ -52,6 +44,8 @@ require_versions(torch=installed("torch"), transformers=transformers.__version__
 PRESETS_FILE = "length_configs.json"
 WEIGHTS_PATTERN = "model*.safetensors"
 CODE_FILES = tuple(f"{room}_qualaminilm.py" for room in ("configuration", "modeling", "quantization", "pipeline"))
+# Repository -> texts of its code by file name: see `keep_code`.
+KEPT_CODE = {}
 AUTO_MAP = {
     "AutoConfig": "configuration_qualaminilm.QuaLAMiniLMConfig",
     "AutoModel": "modeling_qualaminilm.QuaLAMiniLMModel",
@@ -380,6 +374,7 @@ class QuaLAMiniLMConfig(PretrainedConfig):
             if kwargs.get(name) is not None
         }
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        keep_code(pretrained_model_name_or_path, **{name: where[name] for name in where if name != "subfolder"})
         path = _stored_file(pretrained_model_name_or_path, PRESETS_FILE, **where)
         if path is not None:
             config_dict["length_presets"] = _read_presets(path, config_dict.get("num_hidden_layers"))
@@ -412,9 +407,9 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         a complete repository.
 
         Raises:
-            FileNotFoundError: see [`code_files`].
+            FileNotFoundError: see [`QuaLAMiniLMConfig.code`].
         """
-        code_files()
+        self.code()
         super().save_pretrained(save_directory, *args, **kwargs)
         self._complete(save_directory)
 
@@ -425,11 +420,29 @@ class QuaLAMiniLMConfig(PretrainedConfig):
 
     def _complete(self, folder):
         """Writes presets and code beside the `config.json` of `folder`."""
-        folder = Path(folder)
         self.save_presets(folder)
-        for source in code_files():
-            if source.resolve() != (folder / source.name).resolve():
-                write_beside_then_rename(folder / source.name, source.read_text(encoding="utf-8"))
+        for name, text in self.code().items():
+            path = Path(folder) / name
+            if not path.is_file() or path.resolve() != _beside(name).resolve():
+                write_beside_then_rename(path, text)
+
+    def code(self):
+        """Texts of the model's code, a `dict` of `str` by file name, in the order of `CODE_FILES`.
+
+        Raises:
+            FileNotFoundError: one cannot be found any more, so that what was saved could not be loaded.
+        """
+        if self._name_or_path and self._name_or_path not in KEPT_CODE:
+            keep_code(self._name_or_path, revision=getattr(self, "_commit_hash", None))
+        beside = {name: _beside(name).read_text(encoding="utf-8") for name in CODE_FILES if _beside(name).is_file()}
+        code = beside | KEPT_CODE.get(self._name_or_path, {})
+        missing = [name for name in CODE_FILES if name not in code]
+        if missing:
+            raise FileNotFoundError(
+                f"{', '.join(missing)} is neither in {Path(__file__).parent} nor in {self._name_or_path!r}, and "
+                f"config.json names it: a folder saved without it could not be loaded. Load from a whole repository"
+            )
+        return {name: code[name] for name in CODE_FILES}
 
     def save_presets(self, folder):
         """Writes `length_presets` into the folder, as `length_configs.json`."""
@@ -449,20 +462,30 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         write_beside_then_rename(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
 
-def code_files():
-    """Paths of the model's code, `CODE_FILES`, which stand beside this file.
+def keep_code(repository, **where):
+    """Keeps the texts of a repository's code, where transformers runs a copy of it, while the repository is there.
 
-    Raises:
-        FileNotFoundError: one of them does not, so that what was saved could not be loaded.
+    transformers copies what it runs and what that imports, at most, and 4.57 puts folders of one name on top of each
+    other. (That this file imports the others would not do: versions before 4.57 follow a circle of imports for ever.)
+
+    Args:
+        repository (`str` or path), where: see [`check_weights`].
     """
-    files = [Path(__file__).with_name(name) for name in CODE_FILES]
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{', '.join(missing)} is missing in {files[0].parent}, and config.json names it: a folder saved without "
-            f"it could not be loaded. Load the model again from a whole repository"
-        )
-    return files
+    if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
+        return
+    kept = KEPT_CODE[str(repository)] = {}
+    for name in CODE_FILES:
+        if os.path.isdir(repository) or not _beside(name).is_file():
+            try:
+                path = _stored_file(repository, name, **where)
+            except OSError:  # no network, and it was never asked for: that is no reason not to load
+                continue
+            if path is not None:
+                kept[name] = Path(path).read_text(encoding="utf-8")
+
+
+def _beside(name):
+    return Path(__file__).with_name(name)
 
 
 def check_weights(repository, **where):

@@ -22,7 +22,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_qualaminilm import QuaLAMiniLMConfig, check_weights, code_files, require
+from .configuration_qualaminilm import QuaLAMiniLMConfig, check_weights, require
 from .quantization_qualaminilm import (
     Int8Weight,
     QuantizedEmbedding,
@@ -627,9 +627,9 @@ class QuaLAMiniLMPreTrainedModel(PreTrainedModel):
         """As in [`PreTrainedModel`]; also writes the weights' checksums into `config.json`, once they stand.
 
         Raises:
-            FileNotFoundError: see [`code_files`].
+            FileNotFoundError: see [`QuaLAMiniLMConfig.code`].
         """
-        code_files()
+        self.config.code()
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
             self.config.write_checksums(save_directory)

@@ -1,8 +1,8 @@
 import hashlib
-import inspect
 import json
 import shutil
 import subprocess
+from graphlib import TopologicalSorter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -247,13 +247,19 @@ def test_a_broken_presets_file_is_named_at_load(tmp_path, content, complaint):
 @pytest.mark.parametrize("kind", [AutoConfig, AutoModelForQuestionAnswering])
 def test_what_was_loaded_from_a_folder_that_is_gone_is_saved_whole(tmp_path, kind):
     """Through transformers' own loader, which copies of a repository's code what it believes is needed."""
-    source, out = tmp_path / tmp_path.name, tmp_path / "out"
-    tiny_folder(source)
+    other, source, out = tmp_path / "other" / tmp_path.name, tmp_path / tmp_path.name, tmp_path / "out"
+    for folder, comment in ((other, "# another version"), (source, "# this version")):
+        tiny_folder(folder)
+        path = folder / "pipeline_qualaminilm.py"
+        path.write_text(path.read_text() + comment + "\n")
+    code = {name: (source / name).read_text() for name in CODE_FILES}
+    # transformers 4.57 copies folders of one name to one place.
+    AutoModelForQuestionAnswering.from_pretrained(other, trust_remote_code=True)
+    pipeline("question-answering", model=str(other), trust_remote_code=True)
     loaded = kind.from_pretrained(source, trust_remote_code=True)
     shutil.rmtree(source)
     loaded.save_pretrained(out)
-    for name in CODE_FILES:
-        assert (out / name).read_bytes() == (ROOT / name).read_bytes()
+    assert {name: (out / name).read_text() for name in CODE_FILES} == code
     if kind is AutoModelForQuestionAnswering:
         load_tokenizer(ROOT).save_pretrained(out)
         qa = pipeline("question-answering", model=str(out), trust_remote_code=True)
@@ -262,19 +268,20 @@ def test_what_was_loaded_from_a_folder_that_is_gone_is_saved_whole(tmp_path, kin
         assert torch.equal(qa.model(ids).start_logits, loaded.eval()(ids).start_logits)
 
 
-def test_every_code_file_is_imported_by_the_first():
-    """So that transformers copies them together; of what they import in turn 4.57 copies nothing from a folder."""
-    first, *others = CODE_FILES
-    assert {f"{name}.py" for name in get_relative_imports(ROOT / first)} == {*others}
+def test_the_code_imports_itself_in_no_circle():
+    """Which transformers before 4.57 follows for ever, instead of importing what says that it is too old."""
     assert {path.name for path in ROOT.glob("*_qualaminilm.py")} == {*CODE_FILES}
+    imports = {name: [f"{each}.py" for each in get_relative_imports(ROOT / name)] for name in CODE_FILES}
+    assert next(TopologicalSorter(imports).static_order()) == CODE_FILES[0] == "configuration_qualaminilm.py"
 
 
 def test_code_that_is_missing_is_named_before_anything_is_written(tmp_path):
     save(tmp_path / tmp_path.name)
+    (tmp_path / tmp_path.name / "pipeline_qualaminilm.py").unlink()
     model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / tmp_path.name, trust_remote_code=True)
-    Path(inspect.getfile(type(model))).with_name("pipeline_qualaminilm.py").unlink()
-    with pytest.raises(FileNotFoundError, match="pipeline_qualaminilm.py is missing in "):
-        model.save_pretrained(tmp_path / "out")
+    for saved in (model, model.config):
+        with pytest.raises(FileNotFoundError, match="pipeline_qualaminilm.py is neither in .* nor in "):
+            saved.save_pretrained(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
