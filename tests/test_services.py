@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, pipeline
 
-from conftest import ROOT, right_padded, tiny_config
+from conftest import ROOT, once, right_padded
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.quantization_qualaminilm import FloatKernel, OneDNNKernel
@@ -24,29 +24,27 @@ LENGTH_CONFIGS = ["full", "fastest", [40, 30, 20, 10, 8, 6], [0.9, 0.8, 0.5, 0.4
 
 
 def load(kind):
-    """A pipeline around a model that nobody has called yet."""
+    """A pipeline around a model that nobody has called yet: the shipped one, or a small one of floats or int8."""
     if kind == "shipped":
-        model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT)
+        model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval()
     else:
-        torch.manual_seed(0)
         presets = {"fastest": {"length_config": [0.5, 0.4, 0.3, 0.2, 0.2, 0.1]}}
         sizes = {"vocab_size": 30522, "num_hidden_layers": 6, "max_position_embeddings": 512}
-        model = QuaLAMiniLMForQuestionAnswering(tiny_config(significance="learned", length_presets=presets, **sizes))
+        model = int8_model(length_presets=presets, **sizes)[kind == "int8"]
     tokenizer = AutoTokenizer.from_pretrained(ROOT, config=model.config)
-    return QuestionAnsweringPipeline(model=model.eval(), tokenizer=tokenizer)
+    return QuestionAnsweringPipeline(model=model, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("kind", ["shipped", "tiny"])
-def test_sixteen_threads_get_the_answers_that_each_gets_alone(kind):
+def test_sixteen_threads_get_the_answers_that_each_gets_alone():
     """At once from the first call, in which kernels are made."""
     calls = [
         {"question": QUESTION + "?" * i, "context": CONTEXT * (1 + i % 3), "length_config": length_config}
         for i, length_config in enumerate(LENGTH_CONFIGS * 4)
     ]
-    qa = load(kind)
+    qa = load("int8")
     alone = [qa(**call) for call in calls]
     assert len({str(answer) for answer in alone}) > len(LENGTH_CONFIGS)
-    shared, together = load(kind), Barrier(16)
+    shared, together = load("int8"), Barrier(16)
 
     def work(thread):
         together.wait()
@@ -76,30 +74,30 @@ def ask(qa, question):
 if __name__ == "__main__":
     torch.set_num_threads(2)
     qa = pipeline("question-answering", model=sys.argv[1], trust_remote_code=True, device="cpu")
-    if sys.argv[2] == "fp32":
-        qa.model.dequantize()
     questions = ["Where do I live?", "What is my name?"] * 2
     expected = ["Berlin", "Wolfgang"] * 2
-    assert [answer(question) for question in questions] == expected  # torch's threads have started
-    if sys.argv[2] == "int8":
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            assert [pool.submit(ask, qa, question).result() for question in questions] == expected
-    exec(open(sys.argv[3]).read())
-    assert answers == expected
+    assert [answer(question) for question in questions] == expected
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert [pool.submit(ask, qa, question).result() for question in questions] == expected
+    for weights in ("int8", "fp32"):
+        if weights == "fp32":
+            qa.model.dequantize()
+        assert [answer(question) for question in questions] == expected  # torch's threads have started
+        exec(open("readme.py").read())
+        assert answers == expected, weights
 """
 
 
-@pytest.mark.parametrize("weights", ["int8", "fp32"])
-def test_forked_and_spawned_processes_answer_after_their_parent_has(tmp_path, weights):
+def test_forked_and_spawned_processes_answer_after_their_parent_has(tmp_path):
     """As README says: a forked one calls `torch.set_num_threads(1)` first; a spawned one is handed the pipeline."""
     (tmp_path / "service.py").write_text(SERVICE)
     (tmp_path / "readme.py").write_text(block("python", "get_context"))
-    command = [sys.executable, "service.py", str(ROOT), weights, "readme.py"]
+    command = [sys.executable, "service.py", str(ROOT)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=tmp_path)
     assert ran.returncode == 0, ran.stderr
 
 
-@pytest.mark.parametrize("kind", ["shipped", "tiny", "remote"])
+@pytest.mark.parametrize("kind", ["floats", "remote"])
 def test_copies_and_pickles_of_a_pipeline_answer_alike(kind):
     qa = load(kind) if kind != "remote" else pipeline("question-answering", model=str(ROOT), trust_remote_code=True)
     untouched = [copy.deepcopy(qa), pickle.loads(pickle.dumps(qa))]
@@ -190,6 +188,7 @@ def inductor():
     torch.compiler.reset()
 
 
+@once
 @pytest.mark.parametrize("weights", ["fp32", "int8"])
 def test_a_compiled_model_computes_what_it_did(inductor, weights):
     """At int8 the encoder stays outside the compiled graphs."""
