@@ -1,7 +1,8 @@
 """A hundred validation questions, tests/hundred_questions.json, whose answers no version of anything may change.
 
-The questions come from the validation parts of ../shared/data, drawn once by a seed. `python -m tests.test_hundred_questions`
-records what the shipped weights answer, as floats: to be run once for new weights.
+The questions come from the validation parts of ../shared/data, drawn once by a seed.
+`PYTHONPATH=tests python -m tests.test_hundred_questions` records what the shipped weights answer, as floats: once for
+new weights.
 """
 
 import json
