@@ -5,6 +5,7 @@ import pytest
 from transformers import pipeline
 
 from conftest import ROOT, TRANSFORMERS_5
+from recipe.answer import main
 
 pytestmark = pytest.mark.skipif(
     not TRANSFORMERS_5 or not (ROOT / ".venv" / ".runtime-installed").exists(),
@@ -29,8 +30,10 @@ def test_make_answer_prints_one_line_whatever_is_in_the_texts(by):
     assert done.stdout == " ".join(expected.split()) + "\n"
 
 
-def test_make_answer_has_defaults_and_names_bad_input():
+def test_make_answer_has_defaults_and_names_bad_input(monkeypatch):
     done = subprocess.run(["make", "--silent", "answer"], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "Berlin"
-    done = subprocess.run(["make", "--silent", "answer", "CONTEXT="], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and done.stdout == "" and "`context` cannot be empty" in done.stderr
+    monkeypatch.setenv("QUESTION", "Where?")
+    monkeypatch.setenv("CONTEXT", "")
+    with pytest.raises(SystemExit, match="^make answer: `context` cannot be empty"):
+        main()
