@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from conftest import ROOT, tiny_config, tiny_folder
+from conftest import ROOT, once, tiny_config, tiny_folder
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from recipe import search
 
@@ -92,6 +92,7 @@ def measured_so_far(path):
         return 0
 
 
+@once
 def test_a_search_killed_at_a_random_moment_ends_with_the_same_front(tmp_path, city_file, monkeypatch, capsys):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
 
