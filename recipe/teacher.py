@@ -38,7 +38,7 @@ class Teacher(MPNetForQuestionAnswering):
     def forward(self, input_ids, attention_mask, question_length):
         """
         Args:
-            input_ids (int64 `(batch, sequence)`), attention_mask (`(batch, sequence)`): as of BERT, padded on the right.
+            input_ids (int64 `(batch, sequence)`), attention_mask (`(batch, sequence)`): BERT's, padded on the right.
             question_length (int64 `(batch,)`): tokens up to the first [SEP], itself included.
 
         Returns:

