@@ -110,40 +110,34 @@ class TeacherTrainer(FinetuneTrainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The loss over the validation windows, and the F1 of the likeliest span, in tokens and percent."""
-        model = self.model.eval()
+        model, rows = self.model.eval(), iter(self.eval_dataset)
         losses, f1 = [], []
         for batch in self.get_eval_dataloader():
             batch = self._prepare_inputs(batch)
-            targets = batch["targets"]
             with torch.inference_mode(), self.compute_loss_context_manager():
                 loss, outputs = self.compute_loss(model, batch, return_outputs=True)
-            losses.append(loss.item() * len(targets))
             logits = span_logits(outputs).masked_fill(~batch["attention_mask"].bool()[:, None], -1e4)
-            f1 += [token_f1(*each) for each in zip(logits.cpu().numpy(), targets.cpu().numpy())]
+            losses.append(loss.item() * len(logits))
+            f1 += [token_f1(each, row["starts"], row["ends"]) for each, row in zip(logits.cpu().numpy(), rows)]
         metrics = {f"{metric_key_prefix}_loss": sum(losses) / len(f1), f"{metric_key_prefix}_f1": 100 * np.mean(f1)}
         self.log(metrics)
         return metrics
 
 
-def token_f1(logits, targets, longest=30):
-    """F1 of the likeliest span of at most `longest` tokens against the nearest of the answers, both as positions.
+def token_f1(logits, starts, ends, longest=30):
+    """F1 in [0, 1] of the likeliest span of at most `longest` tokens against the answer that it meets best.
 
     Args:
-        logits, targets (`(2, sequence)`): of starts and ends; the answers are where the targets are not 0, and may mix
-            where they are several.
+        logits (`(2, sequence)`): of starts and ends.
+        starts, ends (lists of `int`): the first and last token of each answer.
     """
-    start, end = (side - np.logaddexp.reduce(side) for side in logits)
+    start, end = logits
     spans = [
         (start[i] + end[i : i + longest].max(), i, i + int(end[i : i + longest].argmax())) for i in range(len(start))
     ]
     _, first, last = max(spans)
-    best = 0.0
-    for i in np.flatnonzero(targets[0]):
-        for j in np.flatnonzero(targets[1]):
-            common = min(last, j) - max(first, i) + 1
-            if j >= i and common > 0:
-                best = max(best, 2 * common / (last - first + 1 + j - i + 1))
-    return best
+    common = (max(0, min(last, j) - max(first, i) + 1) for i, j in zip(starts, ends))
+    return max(2 * each / (last - first + 1 + j - i + 1) for each, i, j in zip(common, starts, ends))
 
 
 @dataclass
