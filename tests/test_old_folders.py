@@ -8,6 +8,7 @@ import torch
 from transformers import pipeline
 
 from conftest import ROOT, TRANSFORMERS_5
+from qualaminilm import modeling_qualaminilm
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe.data import load_tokenizer
@@ -16,28 +17,31 @@ FOLDERS = ROOT / "tests" / "folders"
 ANSWERS = json.loads((FOLDERS / "answers.json").read_text(encoding="utf-8"))
 
 
-def answers(qa, rows):
-    """What `qa` answers to the questions of `rows`, at their length configs."""
+def answers(qa, folder):
+    """What `qa` answers to the folder's recorded questions, at their length configs."""
     asked = ("question", "context", "length_config")
-    found = [qa(**{name: row[name] for name in asked}) for row in rows]
-    return [{name: answer[name] for name in ("start", "end", "answer")} for answer in found], found
+    return [qa(**{name: row[name] for name in asked}) for row in ANSWERS[folder]]
 
 
 @pytest.mark.parametrize("folder", ["int8", "roberta"])
-def test_a_folder_answers_as_when_it_was_written(folder, tmp_path):
+def test_a_folder_answers_as_when_it_was_written(folder, monkeypatch):
+    # As on the machine that wrote it: bfloat16 attention moves a random model's close calls.
+    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(FOLDERS / folder).eval()
     qa = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(FOLDERS / folder))
-    rows = ANSWERS[folder]
-    expected = [{name: row[name] for name in ("start", "end", "answer")} for row in rows]
-    found, whole = answers(qa, rows)
-    assert found == expected
-    if folder == "roberta":  # floats, which no rounding step moves
-        for answer, row in zip(whole, rows):
+    for row, answer in zip(ANSWERS[folder], answers(qa, folder)):
+        assert answer.items() >= {name: row[name] for name in ("start", "end", "answer")}.items()
+        if folder == "roberta":  # floats, which no rounding step moves
             assert answer["score"] == pytest.approx(row["score"], abs=2e-6)
-    # Written again it is a complete repository of today's.
+
+
+@pytest.mark.parametrize("folder", ["int8", "roberta"])
+def test_a_folder_saved_again_is_a_complete_repository(folder, tmp_path):
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(FOLDERS / folder).eval()
+    qa = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(FOLDERS / folder))
     qa.save_pretrained(tmp_path)
     again = pipeline("question-answering", model=str(tmp_path), trust_remote_code=True)
-    assert answers(again, rows)[0] == expected
+    assert answers(again, folder) == answers(qa, folder)
 
 
 @pytest.mark.parametrize("kind", ["config.json", "model.safetensors"])
@@ -63,9 +67,7 @@ def test_an_exported_graph_answers_as_when_it_was_written():
     )
     for row in ANSWERS["export"]:
         answer = qa(question=row["question"], context=row["context"])
-        assert {name: answer[name] for name in ("start", "end", "answer")} == {
-            name: row[name] for name in ("start", "end", "answer")
-        }
+        assert answer.items() >= {name: row[name] for name in ("start", "end", "answer")}.items()
 
 
 def test_int8_weights_are_the_floats_that_they_were():
