@@ -38,6 +38,8 @@ def test_several_inputs_get_a_list(handler):
     assert [answer["answer"] for answer in respond(handler, {"inputs": [other]})] == ["Wolfgang"]
     (ranked,) = respond(handler, {"inputs": [other], "parameters": {"top_k": 2}})
     assert len(ranked) == 2 and ranked[0]["answer"] == "Wolfgang"
+    (only,) = respond(handler, {"inputs": {"question": "Where?", "context": "Turku"}, "parameters": {"top_k": 2}})
+    assert only["answer"] == "Turku"
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,12 @@ def test_several_inputs_get_a_list(handler):
         ({"inputs": {"question": ["Where?"], "context": ["Here."]}}, r"question is \['Where\?'\], expected a text"),
         (BODY | {"parameters": [1]}, r"parameters is \[1\], expected an object"),
         (BODY | {"parameters": {"trust_remote_code": True}}, "parameters has 'trust_remote_code', expected some of"),
+        (
+            BODY | {"parameters": {"padding": True}},
+            "parameters has 'padding', expected some of align_to_words, batch_size",
+        ),
+        (BODY | {"parameters": {"question": "Who?"}}, "parameters has 'question', expected some of"),
+        ({"inputs": [BODY["inputs"], {"question": "Where?", "context": " "}]}, "row 1: `context` holds no text"),
         (BODY | {"parameters": {"top_k": 0}}, "top_k parameter should be an int >= 1"),
         (BODY | {"parameters": {"length_config": "quick"}}, "length_config is 'quick', which is no preset"),
     ],

@@ -1,6 +1,7 @@
 import csv
 import json
 import re
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -223,13 +224,13 @@ def holds_no_string(context):
 
 
 @needs_built_in
-def test_300_validation_questions_are_answered_as_by_the_built_in(qa, built_in, validation_questions):
-    rows = validation_questions.shuffle(seed=0)
-    rows = [row for row in rows.select(range(900)) if holds_no_string(row["context"])][:300]
-    assert len(rows) == 300
+def test_validation_questions_are_answered_as_by_the_built_in(qa, built_in, validation_questions):
+    rows = [row for row in validation_questions.shuffle(seed=0).select(range(200)) if holds_no_string(row["context"])]
+    rows = rows[:60]
+    assert len(rows) == 60
     contexts = [row["context"] for row in rows]
-    for i in range(0, 300, 10):  # documents of several windows
-        contexts[i] = " ".join([contexts[(i + 7) % 300], contexts[i], *contexts[i + 1 : i + 9]])
+    for i in range(0, 60, 10):  # documents of several windows
+        contexts[i] = " ".join([contexts[(i + 7) % 60], contexts[i], *contexts[i + 1 : i + 9]])
     questions = [row["question"] for row in rows]
     for parameters in (
         {},
@@ -258,12 +259,10 @@ def test_300_validation_questions_are_answered_as_by_the_built_in(qa, built_in, 
         lambda qa: qa({"question": [QUESTION, "Who?"], "context": [CONTEXT, CONTEXT]}),
         lambda qa: qa(data=ONE),
         lambda qa: qa(X=[ONE, ONE]),
-        lambda qa: qa(qa.create_sample(QUESTION, CONTEXT)),
         lambda qa: qa(qa.create_sample([QUESTION, "Who?"], [CONTEXT, CONTEXT])),
         lambda qa: list(qa(ONE for _ in range(3))),
         lambda qa: list(qa((ONE for _ in range(3)), batch_size=2)),
         lambda qa: list(qa(ONE for _ in range(1))),
-        lambda qa: list(qa(MapStyle())),
         lambda qa: qa(ONE, topk=2),
         lambda qa: qa(ONE, padding="max_length", max_seq_len=50),
         lambda qa: qa(ONE, max_seq_len=16, doc_stride=2),
@@ -313,7 +312,6 @@ def test_every_form_of_call_does_what_the_built_in_does(qa, built_in, call):
         lambda qa: qa((ONE,)),
         lambda qa: qa([qa.create_sample(QUESTION, CONTEXT)]),
         lambda qa: qa(data=[ONE]),
-        lambda qa: qa(question="Where?", context="Turku", top_k=5),
     ],
 )
 def test_where_the_built_in_gives_what_is_in_a_list_of_one_the_list_is_given(qa, built_in, call):
@@ -327,6 +325,8 @@ def test_the_shape_of_a_result_follows_from_the_call(qa, top_k):
         alone = qa(**single, top_k=top_k)
         assert type(alone) is (dict if top_k == 1 else list)
         assert qa(single, top_k=top_k) == qa(QUESTION, context, top_k=top_k) == alone
+        squad_example = SimpleNamespace(question_text=QUESTION, context_text=context)
+        assert qa(squad_example, top_k=top_k) == alone
         for n in (0, 1, 3):
             listed = [alone] * n
             assert qa([single] * n, top_k=top_k) == qa((single,) * n, top_k=top_k) == listed
