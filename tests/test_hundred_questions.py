@@ -20,9 +20,9 @@ from recipe.results import write_json
 QUESTIONS = Path(__file__).with_name("hundred_questions.json")
 RECORDED = Path(__file__).with_name("hundred_answers.json")
 PRESETS = ("full", "fast")
-# Of the int8 weights, a point below what the recorded answers reach: a close call may end otherwise on another
-# processor, and moves F1 by a point at most; weights that lose two are found.
-SLACK = 1.0
+# Of int8 against the recorded floats. On AVX2 alone 2 to 4 of these answers differ; at a rate of 4 %, more than 10 of a
+# hundred do on one processor in 500. Each moves F1 by a point at most, most by less and either way.
+MOST_OTHER, LOST_F1 = 10, 1.5
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def test_floats_answer_alike_with_every_version_and_processor(questions, recorde
 @pytest.mark.parametrize("preset", PRESETS)
 def test_int8_answers_are_as_good(questions, recorded, preset):
     texts = answer(questions, preset, floats=False)
-    assert score(questions, texts)["f1"] >= recorded[preset]["f1"] - SLACK
-    assert sum(text == other for text, other in zip(texts, recorded[preset]["answers"])) >= 95
+    assert score(questions, texts)["f1"] >= recorded[preset]["f1"] - LOST_F1
+    assert sum(text != other for text, other in zip(texts, recorded[preset]["answers"])) <= MOST_OTHER
 
 
 if __name__ == "__main__":
