@@ -159,12 +159,16 @@ def _config_as_stored(folder):
 
 
 def load_tokenizer(folder):
-    """The folder's fast tokenizer, without truncation and padding of its own.
+    """The folder's fast tokenizer, without truncation and padding of its own, which gives BERT's token types.
 
     Sentence-embedding checkpoints store both, at 128 tokens, in tokenizer.json: they would silently cut contexts.
     """
+    config = _config_as_stored(folder)
     # With the configuration at hand transformers does not ask whether to run the folder's code to read it.
-    tokenizer = AutoTokenizer.from_pretrained(folder, config=_config_as_stored(folder))
+    tokenizer = AutoTokenizer.from_pretrained(folder, config=config)
+    if config.type_vocab_size > 1:  # transformers 5.0 to 5.2 leave them out unless told so, here and where it is saved
+        names = ["input_ids", "token_type_ids", "attention_mask"]
+        tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     for setting in STALE_SETTINGS:

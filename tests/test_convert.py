@@ -149,6 +149,16 @@ def test_the_repository_stands_alone(checkpoint, tmp_path):
     assert answer["answer"] == context[answer["start"] : answer["end"]]
 
 
+def test_token_types_are_named_for_versions_that_leave_them_out(bert_folder, tmp_path):
+    (bert_folder / "tokenizer_config.json").write_text(
+        '{"do_lower_case": true, "model_input_names": ["input_ids", "attention_mask"]}'
+    )
+    convert(bert_folder, tmp_path / "out")
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["model_input_names"] == names
+    assert list(load_tokenizer(tmp_path / "out")("Who?", "Ann.")) == names
+
+
 WITHOUT_THE_REST = """
 import sys
 # All that is installed beside requirements.txt and what those packages ask for.
