@@ -36,6 +36,10 @@ from .quantization_qualaminilm import (
 CACHED_TOKENS = 16 * 384
 # So many attention scores, of two bytes, at once: more leave the cache.
 CACHED_SCORES = 1 << 21
+# Between these a row's powers of 2 add up to something that bfloat16, which reaches from 2**-126 to 2**128, knows well.
+# No power is greater than their sum, so that values up to 2**67 do not overflow; a power that was flushed to 0 is less
+# than 2**-66 of the sum, and 2**50 such do not count beside its eight bits.
+TOTALS = 2.0**-60, 2.0**60
 
 
 @dataclass
@@ -224,10 +228,10 @@ def bfloat16_attention(query, key, value, mask):
     powers = scores.exp2_()
     total = powers[..., :queries, :keys].sum(-1, keepdim=True)
     least, greatest = total.aminmax()
-    if least.item() > 0 and greatest.item() < math.inf:
+    if TOTALS[0] <= least.item() and greatest.item() <= TOTALS[1]:
         return (powers @ add_tokens(value))[..., :queries, :].div_(total)
-    scores = query * size**-0.5 @ key.transpose(-1, -2)
-    return (scores if mask is None else scores + mask).softmax(-1) @ value
+    query, key, value, mask = (each if each is None else each.float() for each in (query, key, value, mask))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).bfloat16()
 
 
 def add_tokens(states):

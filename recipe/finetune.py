@@ -77,6 +77,8 @@ class FinetuneTrainingArguments(TrainingArguments):
     logging_steps: float = 50
     report_to: str = "none"
     remove_unused_columns: bool = False
+    # An answer's loss has no gradient for the scorers, and processes would wait for one.
+    ddp_find_unused_parameters: bool = True
 
 
 class SpanCollator:

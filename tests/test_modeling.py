@@ -1,9 +1,10 @@
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import BertConfig, BertForQuestionAnswering, RobertaConfig, RobertaForQuestionAnswering
 
@@ -202,6 +203,34 @@ def test_bfloat16_attention_is_torch_s_own(size, masked, queries, keys, at_once)
     torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0)
 
 
+@given(
+    st.one_of(st.sampled_from([124.0, -132.0]), st.floats(-400, 400)),
+    st.floats(0, 8),
+    st.integers(1, 40),
+    st.integers(0, 2**31),
+)
+@settings(max_examples=60, deadline=None)
+@example(124.0, 0.0, 30, 0)
+@example(-132.0, 4.0, 30, 0)
+def test_bfloat16_attention_is_right_for_any_score(score, spread, keys, seed):
+    """Of scores about `score` (of powers of 2): as exact as bfloat16 knows them, and exact where they are beyond the
+    numbers whose powers it adds up well."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = score + spread * (torch.rand(1, 1, 3, keys, generator=generator) - 0.5)
+    size = 48  # the query holds the score of each key, which is a row of the unit matrix
+    query = F.pad(scores * math.log(2) * size**0.5, (0, size - keys)).bfloat16()
+    key, value = torch.eye(size)[None, None, :keys].bfloat16(), torch.rand(1, 1, keys, 16, generator=generator) * 20
+    value = (value + 30).bfloat16()
+    found = bfloat16_attention(query, key, value, None)
+    expected = F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    assert found.dtype == torch.bfloat16
+    # Scaling a score and storing it each err by 2**-9 of it; a power by so much more or less moves the mean of values
+    # that lie 20 apart by at most a fourth of the factor between two powers.
+    largest = abs(score) + spread / 2
+    doubt = 0 if largest > 80 else 20 * (2 ** (4 * largest * 2**-9) - 1) / 4
+    torch.testing.assert_close(found.float(), expected, atol=doubt + 50 * 2**-6, rtol=0)
+
+
 @given(cases, st.data())
 @settings(max_examples=40, deadline=None)
 def test_dropping_equals_the_brute_force_twin_under_any_mask(case, data):
@@ -344,6 +373,10 @@ def test_outputs_as_a_tuple_and_on_request_only():
     assert list(by_name) == ["start_logits", "end_logits"]
     start, end = model(input_ids, mask, return_dict=False)
     assert torch.equal(start, by_name.start_logits) and torch.equal(end, by_name.end_logits)
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        of_encoder = model.bert(input_ids, mask, return_dict=False)
+        assert [each.shape for each in of_encoder] == [(2, 7, 16)]
     hidden = model.bert(input_ids, mask, output_hidden_states=True)
     assert len(hidden.hidden_states) == 4
     assert torch.equal(hidden.hidden_states[-1], hidden.last_hidden_state)

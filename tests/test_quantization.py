@@ -5,6 +5,7 @@ import os
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -28,6 +29,7 @@ from qualaminilm.quantization_qualaminilm import (
     onednn_is_exact,
     sums_exactly,
 )
+from recipe import finetune
 from recipe.data import load_tokenizer
 from recipe.evaluate import answer_all
 from recipe.quantize import Values, main, quantize
@@ -254,6 +256,100 @@ def test_copies_and_pickles_answer_alike():
     other(input_ids)  # its kernels are made
     other.load_state_dict(model.state_dict())
     assert torch.equal(other(input_ids, mask).start_logits, expected)
+
+
+def load_one(model, **how):
+    key = model.bert.encoder.layer[1].attention.self.key
+    key.load_state_dict(key.state_dict() | {"weight": key.weight.flip(0)}, **how)
+
+
+def set_buffer(model):
+    attention = model.bert.encoder.layer[1].attention.self
+    attention.value.weight = attention.value.weight.flip(0)
+
+
+def set_layer(model):
+    attention = model.bert.encoder.layer[1].attention.self
+    attention.value = copy.deepcopy(attention.key)
+
+
+CHANGES = {
+    "load one": load_one,
+    "assign one": lambda model: load_one(model, assign=True),
+    "load all": lambda model: model.load_state_dict(int8_model()[1].state_dict()),
+    "scale": lambda model: model.bert.encoder.layer[1].attention.self.query.weight_scale.mul_(3),
+    "bias": lambda model: model.bert.encoder.layer[1].attention.self.value.bias.add_(2),
+    "input scale": lambda model: model.bert.encoder.layer[1].output.dense.input_scale.mul_(2),
+    "zero point": lambda model: model.bert.encoder.layer[1].output.dense.input_zero_point.add_(20),
+    "scorer": lambda model: model.bert.encoder.layer[1].scorer.dense.weight.neg_(),
+    "new buffer": set_buffer,
+    "new layer": set_layer,
+}
+
+
+@pytest.mark.parametrize("made_in_inference_mode", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_kernels_notice_what_changed(change, made_in_inference_mode):
+    model = int8_model(initializer_range=0.3)[1]
+    calls = [{"length_config": length_config} for length_config in ("full", [0.8, 0.5, 0.3])]
+    input_ids, mask = right_padded(model.config, [13, 6])
+    with torch.inference_mode(made_in_inference_mode), torch.no_grad():
+        if made_in_inference_mode:
+            for module in model.modules():
+                module._buffers |= {name: tensor.clone() for name, tensor in module._buffers.items()}
+        before = [model(input_ids, mask, **call).start_logits for call in calls]
+        CHANGES[change](model)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda call: answers_of(model, input_ids, mask, call), calls * 4))
+        fresh = copy.deepcopy(model)
+        expected = [fresh(input_ids, mask, **call).start_logits for call in calls]
+    for one, other in zip(found, expected * 4):
+        assert torch.equal(one, other)
+    assert not torch.equal(before[1], expected[1])
+
+
+def answers_of(model, input_ids, mask, call):
+    with torch.no_grad():  # threads do not inherit it
+        return model(input_ids, mask, **call).start_logits
+
+
+@pytest.mark.parametrize("with_amx, with_avx512", [(False, False), (False, True), (True, False)])
+def test_whether_the_processor_multiplies_bfloat16_is_known_by_every_torch(with_amx, with_avx512, monkeypatch):
+    def answer():
+        quantization_qualaminilm.cpu_multiplies_bfloat16.cache_clear()
+        cpu = quantization_qualaminilm.attention_dtype(torch.device("cpu"))
+        # What is a host's processor to a GPU?
+        assert quantization_qualaminilm.attention_dtype(torch.device("cuda")) == torch.float32
+        assert finetune.cpu_multiplies_bfloat16() == (cpu == torch.bfloat16)
+        return cpu == torch.bfloat16
+
+    try:
+        capabilities = {"avx512_bf16": with_avx512, "amx_bf16": with_amx, "amx_tile": with_amx, "bf16": True}
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+        assert answer() == (with_amx or with_avx512)
+        monkeypatch.delattr(torch.cpu, "get_capabilities")  # torch 2.8 to 2.10
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: with_avx512)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: with_amx)
+        assert answer() == (with_amx or with_avx512)
+        monkeypatch.delattr(torch.cpu, "_is_avx512_bf16_supported")
+        monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+        assert not answer()
+    finally:
+        quantization_qualaminilm.cpu_multiplies_bfloat16.cache_clear()
+
+
+def test_an_int8_model_counts_its_parameters_and_is_not_resized():
+    _, quantized = int8_model()
+    floats = copy.deepcopy(quantized).dequantize()
+    for exclude_embeddings in (False, True):
+        counted = quantized.num_parameters(exclude_embeddings=exclude_embeddings)
+        assert counted == floats.num_parameters(exclude_embeddings=exclude_embeddings)
+        assert quantized.num_parameters(only_trainable=True, exclude_embeddings=exclude_embeddings) == 0
+    assert quantized.num_parameters() == sum(parameter.numel() for parameter in floats.parameters())
+    assert floats.num_parameters(only_trainable=True) == floats.num_parameters()
+    with pytest.raises(ValueError, match=r"int8 embeddings cannot be resized: call dequantize\(\) first"):
+        quantized.resize_token_embeddings(70)
+    assert floats.resize_token_embeddings(70).num_embeddings == 70
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
