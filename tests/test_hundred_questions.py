@@ -17,17 +17,11 @@ from recipe.data import load_tokenizer, read_questions
 from recipe.evaluate import answer_all, score
 from recipe.results import write_json
 
-QUESTIONS = Path(__file__).with_name("hundred_questions.json")
 RECORDED = Path(__file__).with_name("hundred_answers.json")
 PRESETS = ("full", "fast")
 # Of int8 against the recorded floats. On AVX2 alone 2 to 4 of these answers differ; at a rate of 4 %, more than 10 of a
 # hundred do on one processor in 500. Each moves F1 by a point at most, most by less and either way.
 MOST_OTHER, LOST_F1 = 10, 1.5
-
-
-@pytest.fixture(scope="module")
-def questions():
-    return read_questions(QUESTIONS)
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +36,18 @@ def answer(questions, preset, floats):
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_floats_answer_alike_with_every_version_and_processor(questions, recorded, preset):
-    assert answer(questions, preset, floats=True) == recorded[preset]["answers"]
+def test_floats_answer_alike_with_every_version_and_processor(hundred_questions, recorded, preset):
+    assert answer(hundred_questions, preset, floats=True) == recorded[preset]["answers"]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_int8_answers_are_as_good(questions, recorded, preset):
-    texts = answer(questions, preset, floats=False)
-    assert score(questions, texts)["f1"] >= recorded[preset]["f1"] - LOST_F1
+def test_int8_answers_are_as_good(hundred_questions, recorded, preset):
+    texts = answer(hundred_questions, preset, floats=False)
+    assert score(hundred_questions, texts)["f1"] >= recorded[preset]["f1"] - LOST_F1
     assert sum(text != other for text, other in zip(texts, recorded[preset]["answers"])) <= MOST_OTHER
 
 
 if __name__ == "__main__":
-    table = read_questions(QUESTIONS)
+    table = read_questions(RECORDED.with_name("hundred_questions.json"))
     found = {preset: answer(table, preset, floats=True) for preset in PRESETS}
     write_json(RECORDED, {preset: {**score(table, texts), "answers": texts} for preset, texts in found.items()})

@@ -2,7 +2,6 @@ import copy
 import json
 import operator
 import os
-import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +33,7 @@ from recipe.data import load_tokenizer
 from recipe.evaluate import answer_all
 from recipe.quantize import Values, main, quantize
 from tests.brute_force import BruteForce
+from tests.grid_steps import SteppedTwin
 
 # Where oneDNN multiplies by its scales in the float kernel's order; elsewhere a close call may end otherwise.
 AVX512 = torch.cpu._is_vnni_supported() and "ONEDNN_MAX_CPU_ISA" not in os.environ
@@ -152,12 +152,19 @@ def test_stored_integers_are_the_nearest_and_reach_127(rows, columns, seed):
     assert torch.equal(embedding(ids), embedding.dequantize()(ids))
 
 
+def has_one_outcome(model, input_ids, mask, length_config):
+    rows = ({"input_ids": ids[None, :length]} for ids, length in zip(input_ids, mask.sum(1)))
+    return all(len(SteppedTwin(model).possible_logits(row, length_config)) == 1 for row in rows)
+
+
 @pytest.mark.parametrize("length_config", ["full", [0.8, 0.5, 0.3]])
 @pytest.mark.parametrize("family, significance", KINDS)
 def test_the_int8_model_equals_the_brute_force_twin(family, significance, length_config, monkeypatch):
     monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)
     _, model = int8_model(family, significance)
-    input_ids, mask = right_padded(model.config, [13, 6], seed=3)
+    # Rows of which no activation stands so near the middle of two steps that it may go either way.
+    drawn = (right_padded(model.config, [8, 5], seed) for seed in range(100))
+    input_ids, mask = next(each for each in drawn if has_one_outcome(model, *each, length_config))
     with torch.no_grad():
         found = model(input_ids, mask, length_config=length_config, output_kept_tokens=True)
     entries = [1.0] * 3 if length_config == "full" else length_config
@@ -246,12 +253,10 @@ def test_clipping():
     assert best <= squared_error(scale, 5) and best <= squared_error(cut, zero_point)
 
 
-def test_copies_and_pickles_answer_alike():
+def test_weights_that_are_loaded_over_others_count():
     _, model = int8_model()
     input_ids, mask = right_padded(model.config, [9, 5])
     expected = model(input_ids, mask).start_logits
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(input_ids, mask).start_logits, expected)
     other = int8_model(initializer_range=0.3)[1]
     other(input_ids)  # its kernels are made
     other.load_state_dict(model.state_dict())
@@ -520,22 +525,22 @@ def test_the_command_refuses_what_it_cannot_quantise(tmp_path, city_file, monkey
 
 @has_qlinear
 @trains  # nothing here differs between the transformers lines, and it takes a minute
-def test_both_kernels_give_the_shipped_model_s_answers(validation_questions, monkeypatch):
+def test_both_kernels_give_the_shipped_model_s_answers(hundred_questions, monkeypatch):
+    """Of 111 questions 3 had another answer where floats are added in another order (faults.md 19). Were it 3 of 100,
+    more than 8 of a hundred would have one in a thousandth of all draws."""
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval()
     without = copy.deepcopy(model)
-    questions = validation_questions.shuffle(seed=2).select(range(500))
 
     def answers(model, length_config):
         pipeline = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(ROOT))
-        return answer_all(pipeline, questions, 16, length_config, progress=False)[0]
+        return answer_all(pipeline, hundred_questions, 16, length_config, progress=False)[0]
 
     expected = [answers(model, length_config) for length_config in ("full", "fastest")]
     assert isinstance(model.bert.encoder.layer[0].output.dense.kernel(), OneDNNKernel)
     monkeypatch.setattr(quantization_qualaminilm, "runs_on_onednn", lambda linears: False)
     found = [answers(without, length_config) for length_config in ("full", "fastest")]
-    needed = 500 if AVX512 else 485
     for one, other in zip(found, expected):
-        assert sum(map(operator.eq, one, other)) >= needed
+        assert sum(map(operator.ne, one, other)) <= (0 if AVX512 else 8)
     assert isinstance(without.bert.encoder.layer[0].output.dense.kernel(), FloatKernel)
 
 
