@@ -135,7 +135,7 @@ class QuantizedLinear(Int8Weight):
         """A [`Kernel`] that computes this layer, and `others` beside it, in one product.
 
         Raises:
-            ValueError: these layers quantise their input differently.
+            ValueError: these layers quantise their input differently, or are on the meta device.
         """
         linears = [self, *others]
         # Once: another thread may put another in its place.
@@ -164,6 +164,8 @@ class Kernel:
 
     def __init__(self, linears):
         for linear in linears:
+            if linear.weight.is_meta:
+                raise ValueError("int8 weights are on the meta device, which holds no numbers: load them first")
             for name, buffer in linear._buffers.items():
                 if buffer.is_inference():  # its changes are not counted; a copy's are
                     linear._buffers[name] = buffer.clone()
