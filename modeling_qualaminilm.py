@@ -411,7 +411,8 @@ class QuaLAMiniLMLayer(GradientCheckpointingLayer):
         attention_output = self.attention.output(context, residual)
         inner, following = self.intermediate, self.output.dense
         if inner.is_gelu and fusible(inner.dense, following) and is_plain(inner):
-            activated = inner.dense.kernel().gelu_for(inner.dense.quantize(attention_output), following.kernel())
+            kernel = inner.dense.kernel()
+            activated = kernel.gelu_for(kernel.quantize(attention_output), following.kernel())
         else:
             activated = inner(attention_output)
         return self.output(activated, attention_output)

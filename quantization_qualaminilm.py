@@ -85,7 +85,7 @@ class QuantizedEmbedding(Int8Weight):
 
 
 class QuantizedLinear(Int8Weight):
-    """`nn.Linear` over int8 weights: (..., in_features), float or uint8 as [`QuantizedLinear.quantize`] gives it, to
+    """`nn.Linear` over int8 weights: (..., in_features), float or uint8 as [`Kernel.quantize`] gives it, to
     float32 (..., out_features).
 
     What the processor's kernel needs beside the stored tensors is made at the first call, again where they changed
@@ -122,14 +122,9 @@ class QuantizedLinear(Int8Weight):
         # Each of the two rounds up by half at most: together they keep to 128, the PAIR_LIMIT.
         return neighbours(weight.abs()).sum(-1).amax(1)
 
-    def quantize(self, hidden_states):
-        """What this layer takes of `hidden_states` (float, any shape): uint8, the same shape."""
-        return self.kernel().quantize(hidden_states)
-
     def forward(self, hidden_states):
-        if hidden_states.dtype != torch.uint8:
-            hidden_states = self.quantize(hidden_states)
-        return self.kernel()(hidden_states)
+        kernel = self.kernel()
+        return kernel(hidden_states if hidden_states.dtype == torch.uint8 else kernel.quantize(hidden_states))
 
     def kernel(self, *others):
         """A [`Kernel`] that computes this layer, and `others` beside it, in one product.

@@ -75,7 +75,7 @@ def int8_model(family="bert", significance="learned", **sizes):
 def test_a_linear_layer_sums_exact_integer_products(in_features, out_features, tokens, zero_point, seed):
     linear = random_linear(in_features, out_features, seed=seed, input_zero_point=zero_point, smooth=seed % 2)
     hidden_states = torch.randn(tokens, in_features, generator=torch.Generator().manual_seed(seed)) * 8
-    quantized = linear.quantize(hidden_states)
+    quantized = linear.kernel().quantize(hidden_states)
     assert quantized.dtype == torch.uint8
     steps = hidden_states.double() / (linear.smoothing * linear.input_scale).double() + zero_point
     inside = (steps > 0) & (steps < 255)
