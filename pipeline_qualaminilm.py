@@ -120,6 +120,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
     _load_image_processor = False
     _load_feature_extractor = False
     default_input_names = "question,context"
+    modelcard = None  # transformers 5.0 saves it, and has none
     # Names of the arguments, but for those that are taken for 4.57's sake.
     PARAMETERS = (
         "align_to_words",
