@@ -296,8 +296,8 @@ def hub(monkeypatch):
     def create_repo(*args, **kwargs):
         return SimpleNamespace(repo_id="me/tiny")
 
-    # Newer transformers ask an object, older ones functions.
-    for where in (HfApi, transformers.utils.hub):
+    # Newer transformers ask an object, older ones functions, 5.0 some of its own names for them.
+    for where in (HfApi, transformers.utils.hub, transformers.modeling_utils, transformers.configuration_utils):
         monkeypatch.setattr(where, "create_commit", create_commit, raising=False)
         monkeypatch.setattr(where, "create_repo", create_repo, raising=False)
     monkeypatch.setattr(transformers.utils.hub.ModelCard, "load", lambda *args, **kwargs: ModelCard("---\n---\n"))
