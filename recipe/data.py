@@ -59,10 +59,15 @@ def read_questions(source, split="all"):
         questions = datasets.load_dataset(name, split=part or "train")
     if split == "all":
         return questions
+    wanted = split == "validation"
+    return questions.select([i for i, held in enumerate(held_out(questions)) if held == wanted])
+
+
+def held_out(questions):
+    """Whether each of a table's questions belongs to validation: a list of `bool`, see :func:`in_validation`."""
     titles = questions["title"][:]
     groups = titles if len(set(titles)) > 1 else questions["context"][:]
-    wanted = split == "validation"
-    return questions.select([i for i, group in enumerate(groups) if in_validation(group) == wanted])
+    return [in_validation(group) for group in groups]
 
 
 def in_validation(group):
@@ -176,6 +181,19 @@ def load_tokenizer(folder):
     return tokenizer
 
 
+def answer_spans(windows, i, answers):
+    """The first and last token of each of `answers` that lies wholly in window `i` of what a tokenizer gave: a list."""
+    spans = []
+    for text, start in zip(answers["text"], answers["answer_start"]):
+        if not text:
+            continue
+        first = windows.char_to_token(i, start, sequence_index=1)
+        last = windows.char_to_token(i, start + len(text.rstrip()) - 1, sequence_index=1)
+        if first is not None and last is not None:
+            spans.append((first, last))
+    return spans
+
+
 def training_features(questions, tokenizer, max_length, doc_stride):
     """Windows of question and context that hold an answer, with every annotator's span.
 
@@ -203,15 +221,7 @@ def training_features(questions, tokenizer, max_length, doc_stride):
         )
         features = defaultdict(list)
         for i, row in enumerate(windows["overflow_to_sample_mapping"]):
-            answers = batch["answers"][row]
-            spans = []
-            for text, start in zip(answers["text"], answers["answer_start"]):
-                if not text:
-                    continue
-                first = windows.char_to_token(i, start, sequence_index=1)
-                last = windows.char_to_token(i, start + len(text.rstrip()) - 1, sequence_index=1)
-                if first is not None and last is not None:
-                    spans.append((first, last))
+            spans = answer_spans(windows, i, batch["answers"][row])
             if spans:
                 features["input_ids"].append(windows["input_ids"][i])
                 features["token_type_ids"].append(windows["token_type_ids"][i])

