@@ -597,8 +597,7 @@ def string_around(context, place):
 def end_of_field(context, start, end):
     """Where the answer `context[start:end]` ends so that it does not run over the end of a field; see
     [`whole_string`]."""
-    while context[start].isspace() and start < end - 1:
-        start += 1
+    start += len(context[start:end]) - len(context[start:end].lstrip())
     stop = context.find("\n", start, end)
     if stop < 0:
         return end

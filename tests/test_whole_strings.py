@@ -70,6 +70,7 @@ WRAPPED = "Applicant: Nordhavn Blade Systems A/S. Inventors: Birgitte\nWessel, C
         (FORM, "penicillin, peanuts\n\nDoctor", "penicillin, peanuts"),
         (FORM.replace("\n", "\r\n"), "AB-\r\nAllergies", "AB-"),
         (FORM.replace("\n", "\n- "), "AB-\n- Allergies", "AB-"),
+        ("Blood type: AB-\n", "\n", "\n"),
         ("Blood type: AB-\nHandle with care", "AB-\nHandle", "AB-"),
         ("Mail: a_b@x.com\nFax: none", "b@x.com\nFax", "a_b@x.com"),
         ("Address: 12 Long Street,\nTurku", "12 Long Street,\nTurku", "12 Long Street,\nTurku"),
