@@ -43,6 +43,7 @@ require_versions(torch=installed("torch"), transformers=transformers.__version__
 
 PRESETS_FILE = "length_configs.json"
 WEIGHTS_PATTERN = "model*.safetensors"
+GRAPH_FILE = "onnx/model_int8.onnx"
 CODE_FILES = tuple(f"{room}_qualaminilm.py" for room in ("configuration", "modeling", "quantization", "pipeline"))
 # Repository -> texts of its code by file name: see `keep_code`.
 KEPT_CODE = {}
@@ -175,7 +176,7 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         self.int8_storage = int8_storage
         self._check_fields(kwargs)
         self.length_presets = self._checked_presets(length_presets)
-        if architecture_sha256 is not None and architecture_sha256 != self._architecture_sha256():
+        if architecture_sha256 is not None and architecture_sha256 != self.sha256_of_architecture():
             raise ValueError(
                 f"architecture_sha256 is {architecture_sha256!r}, which is not that of {', '.join(ARCHITECTURE)}: "
                 f"{CONFIG_NAME} was changed after the weights were saved. If it was meant, delete architecture_sha256"
@@ -237,7 +238,7 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         require("preset 'full'", presets["full"]["length_config"], presets["full"]["length_config"] == full, full)
         return presets
 
-    def _architecture_sha256(self):
+    def sha256_of_architecture(self):
         """SHA-256, in hex, of the fields that the weights mean nothing without."""
         fields = json.dumps([getattr(self, name) for name in ARCHITECTURE], sort_keys=True)
         return hashlib.sha256(fields.encode()).hexdigest()
@@ -456,8 +457,7 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         path = Path(folder) / CONFIG_NAME
         if not path.is_file():
             return
-        weights = {each.name: file_sha256(each) for each in sorted(path.parent.glob(WEIGHTS_PATTERN))}
-        checksums = {"architecture_sha256": self._architecture_sha256(), "weights_sha256": weights}
+        checksums = {"architecture_sha256": self.sha256_of_architecture(), "weights_sha256": weights_sha256(folder)}
         fields = json.loads(path.read_text(encoding="utf-8")) | checksums
         write_beside_then_rename(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
 
@@ -516,6 +516,11 @@ def check_weights(repository, **where):
                 f"{file} is not the file that weights_sha256 in {path} states: it is damaged, cut short, a Git LFS "
                 f"pointer, or holds other weights. Get both files again; if it was meant, delete weights_sha256"
             )
+
+
+def weights_sha256(folder):
+    """SHA-256 of each safetensors file of weights in `folder`, a `dict` of `str` by file name."""
+    return {each.name: file_sha256(each) for each in sorted(Path(folder).glob(WEIGHTS_PATTERN))}
 
 
 def _sha256_known(path):
