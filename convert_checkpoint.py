@@ -250,7 +250,8 @@ def main():
 def convert(arguments):
     if arguments.quantize:
         try:
-            from recipe.quantize import calibration_rows, quantize
+            from recipe.data import longest_window
+            from recipe.quantize import calibration_rows, calibration_windows, quantize
         except ModuleNotFoundError as error:
             advice = "pip install -r requirements-recipe.txt"
             raise ValueError(f"--quantize needs {error.name}, which is not installed: {advice}") from error
@@ -272,17 +273,13 @@ def convert(arguments):
         return
     stored = "Its weights are float32."
     if arguments.quantize:
-        model = quantize(model, calibration_rows(arguments.calibration, tokenizer, longest_input(config)))
+        table = calibration_windows(arguments.calibration, tokenizer, longest_window(config))
+        model = quantize(model, calibration_rows(table, config))
         stored = f"Its weights are int8, calibrated on {', '.join(Path(each).name for each in arguments.calibration)}."
     given = Path(arguments.source)
     source = given.resolve().name if given.is_dir() else arguments.source
     write_repository(out, model, tokenizer, model_card(folder, source, out.name, stored))
     print(f"Wrote {out}: {len(weights)} tensors taken over, {len(unused)} left out")
-
-
-def longest_input(config):
-    """Tokens of the windows to calibrate on: 384, or as many as the model has positions for."""
-    return min(384, config.max_position_embeddings - config.first_position)
 
 
 if __name__ == "__main__":

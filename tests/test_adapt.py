@@ -1,6 +1,7 @@
 import copy
 import json
 import sys
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -8,88 +9,48 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conftest import ROOT, TRANSFORMERS_5, right_padded, run, tiny_config, tiny_folder, trains
+from conftest import TRANSFORMERS_5, run, tiny_config, tiny_folder, trains
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering, QuaLAMiniLMScorer
-from recipe.data import load_tokenizer
 
 pytestmark = trains
 if TRANSFORMERS_5:
-    from recipe.adapt import (
-        BOUNDS,
-        AdaptTrainer,
-        drop_ratio_bounds,
-        length_config,
-        main,
-        ranking_loss,
-        relevance,
-        skipping,
-    )
-    from recipe.finetune import SpanCollator
+    from recipe.adapt import AdaptArguments, AdaptTrainer, interpolate, main, ranking_loss, relevance
+    from recipe.training import WindowCollator, bert_inputs
 
 
-def trainer(**fields):
+def trainer(seed=0, step=0, **fields):
     """What `AdaptTrainer`'s own methods read of it."""
-    fields = {
-        "scorers_only": False,
-        "sub_model_weight": 0.5,
-        "num_sandwich": 1,
-        "bounds": [0.2, 0.5, 0.5],
-        "layer_dropout": 0.0,
-        "teacher_weight": 0.7,
-    } | fields
     this = SimpleNamespace(
-        args=SimpleNamespace(seed=fields.pop("seed", 0)),
-        state=SimpleNamespace(global_step=fields.pop("step", 0)),
+        args=SimpleNamespace(seed=seed),
+        state=SimpleNamespace(global_step=step),
         accelerator=SimpleNamespace(unwrap_model=lambda model: model),
-        **fields,
+        arguments=AdaptArguments(windows="", **fields),
+        inputs_of=lambda batch: bert_inputs(batch, tiny_config()),
     )
     for name in ("sub_models", "answer_loss"):
         setattr(this, name, getattr(AdaptTrainer, name).__get__(this))
     return this
 
 
-@given(st.lists(st.floats(0, 0.999), min_size=3, max_size=3), st.sets(st.integers(0, 2)))
-def test_sampled_length_configs_are_legal(ratios, skipped):
-    tiny_config().token_lengths(length_config(ratios, skipped))
-
-
-def test_a_layer_drops_of_what_is_left_and_a_skipped_one_drops_nothing():
-    assert length_config([0.2, 0.5, 0.5], ()) == pytest.approx([0.8, 0.4, 0.2])
-    assert length_config([0.2, 0.5, 0.5], {1}) == pytest.approx([0.8, 0.8, 0.4])
-
-
-def test_the_sandwich_is_the_smallest_and_random_ones_between_it_and_the_full_model():
-    (smallest, skipped), *others = trainer(num_sandwich=50, layer_dropout=0.3).sub_models()
-    assert smallest == pytest.approx([0.8, 0.4, 0.2]) and not skipped
-    assert len(others) == 50
-    assert all(low <= share <= 1 for shares, _ in others for low, share in zip(smallest, shares))
-    assert len({tuple(shares) for shares, _ in others}) == 50
-    assert 20 < sum(len(skipped) for _, skipped in others) < 70  # 0.3 of 150
+@given(st.integers(0, 10**6), st.sets(st.integers(0, 5), min_size=1).map(sorted), st.floats(0.01, 0.6), st.data())
+def test_sub_models_choose_where_they_may(step, choosing, least_left, data):
+    at_most = data.draw(st.integers(1, len(choosing)))
+    options = {"choosing": choosing, "at_most": at_most, "least_left": least_left, "num_sandwich": 4}
+    smallest, *others = trainer(step=step, **options).sub_models(6)
+    assert smallest[-1] == pytest.approx(least_left) and len(others) == 4
+    for shares in (smallest, *others):
+        tiny_config(num_hidden_layers=6).token_lengths(shares)
+        assert least_left - 1e-9 <= shares[-1] <= 0.7 + 1e-9
+        dropping = [layer for layer, (a, b) in enumerate(pairwise([1.0, *shares])) if b < a]
+        assert set(dropping) <= set(choosing) and 1 <= len(dropping) <= at_most
 
 
 def test_sub_models_follow_from_the_seed_and_the_step():
-    first = list(trainer(seed=1, step=7).sub_models())
-    assert first == list(trainer(seed=1, step=7).sub_models())
-    assert first != list(trainer(seed=1, step=8).sub_models())
-    assert first != list(trainer(seed=2, step=7).sub_models())
-
-
-@pytest.mark.parametrize("significance", ["attention", "learned"])
-def test_a_skipped_layer_is_as_if_it_were_not_there(significance):
-    torch.manual_seed(0)
-    model = QuaLAMiniLMForQuestionAnswering(tiny_config(significance=significance)).eval()
-    without = copy.deepcopy(model)
-    del without.bert.encoder.layer[1]
-    without.config.num_hidden_layers = 2
-    input_ids, mask = right_padded(model.config, [9, 6])
-    with torch.inference_mode():
-        before = model(input_ids, mask).start_logits
-        with skipping([model.bert.encoder.layer[1]]):
-            skipped = model(input_ids, mask, length_config=[0.7, 0.7, 0.4]).start_logits
-        expected = without(input_ids, mask, length_config=[0.7, 0.4]).start_logits
-        torch.testing.assert_close(skipped, expected)
-        assert torch.equal(model(input_ids, mask).start_logits, before)
+    first = list(trainer(seed=1, step=7).sub_models(6))
+    assert first == list(trainer(seed=1, step=7).sub_models(6))
+    assert first != list(trainer(seed=1, step=8).sub_models(6))
+    assert first != list(trainer(seed=2, step=7).sub_models(6))
 
 
 def test_relevance_by_hand():
@@ -126,11 +87,11 @@ def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance)
     model = QuaLAMiniLMForQuestionAnswering(
         tiny_config(significance=significance, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     ).train()
-    row = {"token_type_ids": [0] * 6, "length": 6, "starts": [1, 2], "ends": [3, 3]}
+    row = {"question_length": 2, "length": 6, "starts": [1, 2], "ends": [3, 3]}
     rows = [row | {"input_ids": [3, 7, 8, 9, 5, 4]}, row | {"input_ids": [3, 9, 8, 6, 7, 4]}]
-    batch = SpanCollator(load_tokenizer(ROOT))(rows)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
-    this = trainer(step=3)
+    batch = WindowCollator(0)(rows)
+    inputs = bert_inputs(batch, model.config)
+    this = trainer(step=3, significance=significance, choosing=[0, 1, 2])
     AdaptTrainer.compute_loss(this, model, dict(batch)).backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -138,8 +99,7 @@ def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance)
 
     def logits(shares):
         outputs = model(
-            **inputs,
-            length_config=shares,
+            **inputs | {"length_config": shares},
             output_hidden_states=True,
             output_attentions=True,
             output_kept_tokens=True,
@@ -149,7 +109,7 @@ def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance)
     full, of_full = logits([1.0, 1.0, 1.0])
     answer = of_full.softmax(-1).detach()
     expected = torch.nn.functional.cross_entropy(of_full.flatten(0, 1), batch["targets"].flatten(0, 1))
-    for shares, _ in this.sub_models():
+    for shares in this.sub_models(3):
         outputs, of_sub_model = logits(shares)
         for row, held in enumerate(outputs.kept_tokens[0].tolist()):  # three layers: half-way is after the first
             of_row = torch.nn.functional.cross_entropy(of_sub_model[row], answer[row])
@@ -165,20 +125,12 @@ def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance)
             assert parameter.grad.abs().sum() > 0, name
 
 
-@pytest.mark.parametrize(
-    "significance, options",
-    [
-        ("learned", ("--layer_dropout", 0.5, "--length_drop_ratio_bound", 0.3, 0.5)),
-        ("attention", ("--length_drop_ratio_bound", 0.4)),
-    ],
-)
-def test_an_adaptation_that_was_stopped_goes_on_to_the_same_weights(
-    tmp_path, city_file, monkeypatch, significance, options
-):
+@pytest.mark.parametrize("significance", ["learned", "attention"])
+def test_an_adaptation_that_was_stopped_goes_on_to_the_same_weights(tmp_path, city_windows, monkeypatch, significance):
     base = tiny_folder(tmp_path / "base")
-    options += ("--model", base, "--train", city_file, "--max_length", 40, "--doc_stride", 8, "--learning_rate", 1e-3)
-    options += ("--significance", significance, "--per_device_train_batch_size", 8, "--num_train_epochs", 2)
-    options += ("--save_steps", 7, "--bf16", "False")
+    options = ["--model", base, "--windows", city_windows, "--learning_rate", 1e-3, "--choosing", 0, 1, "--at_most", 2]
+    options += ["--significance", significance, "--per_device_train_batch_size", 8, "--num_train_epochs", 2]
+    options += ["--save_steps", 7, "--bf16", "False", "--share", 0.5]
 
     def adapt(folder):
         monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options), "--output_dir", str(folder)])
@@ -196,7 +148,7 @@ def test_an_adaptation_that_was_stopped_goes_on_to_the_same_weights(
     assert whole.config.hidden_dropout_prob == QuaLAMiniLMConfig.from_pretrained(base).hidden_dropout_prob
 
 
-def test_scorers_learn_at_their_own_rate(tmp_path, city_file, monkeypatch):
+def test_scorers_learn_at_their_own_rate(tmp_path, city_windows, monkeypatch):
     from recipe import adapt
 
     base = tiny_folder(tmp_path / "base")
@@ -212,7 +164,8 @@ def test_scorers_learn_at_their_own_rate(tmp_path, city_file, monkeypatch):
             return optimizer
 
     monkeypatch.setattr(adapt, "AdaptTrainer", Spy)
-    options = ["--model", base, "--train", city_file, "--max_steps", 1, "--bf16", "False"]
+    options = ["--model", base, "--windows", city_windows, "--choosing", 0, "--at_most", 1, "--max_steps", 1]
+    options += ["--bf16", "False"]
     options += ["--learning_rate", 1e-5, "--scorer_learning_rate", 1e-2, "--output_dir", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options)])
     main()
@@ -220,11 +173,12 @@ def test_scorers_learn_at_their_own_rate(tmp_path, city_file, monkeypatch):
     assert sum(".scorer." in name for name in rates) == 10
 
 
-def test_scorers_can_be_trained_alone(tmp_path, city_file, monkeypatch):
+def test_scorers_can_be_trained_alone(tmp_path, city_windows, monkeypatch):
     base = tiny_folder(tmp_path / "base")
 
     def adapt(*options):
-        options = ["--model", base, "--train", city_file, "--scorers_only", "--bf16", "False", *options]
+        options = ["--model", base, "--windows", city_windows, "--choosing", 0, "--at_most", 1, *options]
+        options += ["--scorers_only", "--bf16", "False"]
         monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options), "--output_dir", str(tmp_path / "out")])
         main()
 
@@ -234,31 +188,37 @@ def test_scorers_can_be_trained_alone(tmp_path, city_file, monkeypatch):
     )
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert len(after) == len(before) + 10
-    with pytest.raises(ValueError, match="--significance attention, which has no scorers"):
-        adapt("--significance", "attention")
 
 
-def test_bounds_are_one_or_one_a_layer():
-    assert drop_ratio_bounds([0.2], 3) == [0.2] * 3
-    assert drop_ratio_bounds([0.1, 0.2, 0.3], 3) == [0.1, 0.2, 0.3]
-    for bounds in ([0.2, 0.3], [1.0], [-0.1, 0.5, 0.5]):
-        with pytest.raises(ValueError, match="length_drop_ratio_bound is .* one for each of 3 layers"):
-            drop_ratio_bounds(bounds, 3)
+def test_options_that_do_not_fit_are_named():
+    for options, message in (
+        ({"scorers_only": True, "significance": "attention"}, "--significance attention, which has no scorers"),
+        ({"least_left": 0.8}, "--least_left is 0.8, expected a number between 0 and 0.7"),
+        ({"at_most": 5}, "--at_most is 5, expected 1 to 4"),
+        ({"share": 1.1}, "--share is 1.1"),
+        ({"share": float("nan")}, "--share is nan"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AdaptArguments(windows="", **options)
 
 
-def test_default_bounds_leave_as_much_at_any_depth():
-    assert drop_ratio_bounds([], 6) == pytest.approx(BOUNDS)
-    left = 0.8 * 0.7
-    assert drop_ratio_bounds([], 3) == pytest.approx([1 - left, 1 - 0.6 * 0.5, 1 - 0.5 * 0.6])
-    twelve = length_config(drop_ratio_bounds([], 12), ())
-    assert twelve[1::2] == pytest.approx(length_config(BOUNDS, ()))
+def test_each_weight_moves_by_the_share_and_scorers_stay():
+    torch.manual_seed(0)
+    before, trained = (
+        QuaLAMiniLMForQuestionAnswering(tiny_config(significance=kind)) for kind in ("attention", "learned")
+    )
+    start, end = before.state_dict(), copy.deepcopy(trained.state_dict())
+    interpolate(before, trained, 0.25)
+    for name, weight in trained.state_dict().items():
+        expected = end[name] if ".scorer." in name else 0.75 * start[name] + 0.25 * end[name]
+        torch.testing.assert_close(weight, expected)
 
 
-def test_two_processes_train_one_model(tmp_path, city_file, monkeypatch):
+def test_two_processes_train_one_model(tmp_path, city_windows, monkeypatch):
     """With scorers and layers that some steps do not use, whose gradients no process may wait for."""
     base = tiny_folder(tmp_path / "base")
-    options = ["--model", base, "--train", city_file, "--max_steps", 3, "--per_device_train_batch_size", 4]
-    options += ["--significance", "learned", "--bf16", "False", "--output_dir"]
+    options = ["--model", base, "--windows", city_windows, "--max_steps", 3, "--per_device_train_batch_size", 4]
+    options += ["--choosing", 0, 1, "--at_most", 2, "--bf16", "False", "--output_dir"]
     torchrun = ["--standalone", "--nproc_per_node", 2, "--module", "recipe.adapt"]
     run("torch.distributed.run", *torchrun, *options, tmp_path / "two")
     monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options), str(tmp_path / "one")])

@@ -562,7 +562,7 @@ def test_int8_checkpoints_become_int8(int8_twin, city_file, tmp_path):
 
 
 @trains
-def test_converted_weights_go_through_the_recipe(city_file, tmp_path, monkeypatch):
+def test_converted_weights_go_through_the_recipe(city_windows, tmp_path, monkeypatch):
     from recipe import adapt, quantize, search
 
     def run(command, *arguments):
@@ -576,19 +576,16 @@ def test_converted_weights_go_through_the_recipe(city_file, tmp_path, monkeypatc
     source.load_state_dict(tiny.state_dict())
     source.save_pretrained(tmp_path / "source")
     save_tokenizer("bert", tmp_path / "source")
-    out, adapted, int8 = tmp_path / "out", tmp_path / "adapted", tmp_path / "int8"
+    out, searched, adapted, int8 = (tmp_path / name for name in ("out", "searched", "adapted", "int8"))
     convert(tmp_path / "source", out)
-    files = {"study": "study.sqlite3", "output": "found.json", "plot": "found.png"}
-    settings = [each for name, file in files.items() for each in (f"--{name}", tmp_path / file)]
-    settings += "--seed 3 --candidates 24 --population 6 --subset 6 --survivors 5".split()
-    settings += ["--max_loss", 100, "--max_preset_loss", 100]
-    settings += ["--length_drop_ratio_bound", 0.9, "--preset_shares", 0.7, 0.63, 0.6, 0.57]
-    run(search, "--model", out, "--data", city_file, *settings)
-    presets = QuaLAMiniLMForQuestionAnswering.from_pretrained(out).length_presets
+    settings = "--seed 3 --candidates 24 --population 6 --subset 6 --survivors 5".split()
+    settings += ["--max_loss", 100, "--max_preset_loss", 100, "--preset_shares", 0.7, 0.63, 0.6, 0.57]
+    run(search, "--model", out, "--windows", city_windows, *settings, "--output_dir", searched)
+    presets = QuaLAMiniLMForQuestionAnswering.from_pretrained(searched).length_presets
     assert len(presets) == 5
-    steps = ["--max_steps", 2, "--bf16", "False"]
-    run(adapt, "--model", out, "--train", city_file, *steps, "--output_dir", adapted)
-    run(quantize, "--model", adapted, "--data", city_file, "--max_length", 64, "--output_dir", int8)
+    steps = ["--choosing", 0, 1, "--at_most", 2, "--max_steps", 2, "--bf16", "False"]
+    run(adapt, "--model", searched, "--windows", city_windows, *steps, "--output_dir", adapted)
+    run(quantize, "--model", adapted, "--windows", city_windows, "--output_dir", int8)
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(int8)
     assert model.config.int8_storage and model.config.num_hidden_layers == 2 and model.config.hidden_size == 16
     assert model.length_presets == presets

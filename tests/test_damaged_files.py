@@ -27,8 +27,8 @@ from conftest import ROOT, tiny_config
 from qualaminilm import configuration_qualaminilm
 from qualaminilm.configuration_qualaminilm import ARCHITECTURE, QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering, QuaLAMiniLMModel
-from recipe.finetune import load_model
 from recipe.quantize import quantize
+from recipe.training import load_model
 
 CHECKSUMS = ("architecture_sha256", "weights_sha256")
 HALF = {"half": {"length_config": [0.5, 0.5, 0.25], "validation": {"f1": 80.5}}}

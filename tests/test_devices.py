@@ -270,7 +270,7 @@ import torch
 from transformers import Trainer
 from conftest import right_padded, tiny_config
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
-from recipe.finetune import FinetuneTrainer, FinetuneTrainingArguments
+from recipe.training import SpanTrainer, SpanTrainingArguments
 
 def collate(rows):
     return {name: torch.tensor([row[name] for row in rows]) for name in rows[0] if name != "length"}
@@ -282,7 +282,7 @@ def train(rank, folder):
     inputs = {"input_ids": input_ids.tolist(), "attention_mask": mask.tolist(), "length": [9] * 8}
     spans = torch.nn.functional.one_hot(torch.tensor([[2, 3]] * 8), 9).float()
     for trainer_class, length_config, labels in (
-        (FinetuneTrainer, "full", {"targets": spans.tolist()}),
+        (SpanTrainer, "full", {"targets": spans.tolist(), "question_length": [1] * 8}),
         (Trainer, [0.9, 0.5, 0.3], {"start_positions": [2] * 8, "end_positions": [3] * 8}),
     ):
         weights = []
@@ -292,7 +292,7 @@ def train(rank, folder):
             config = tiny_config(significance="learned", length_config=length_config, **without)
             model = QuaLAMiniLMForQuestionAnswering(config)
             before = model.qa_outputs.weight.detach().clone()
-            training = FinetuneTrainingArguments(
+            training = SpanTrainingArguments(
                 output_dir=folder, max_steps=2, per_device_train_batch_size=2, gradient_checkpointing=checkpointing,
                 save_strategy="no", bf16=False, use_cpu=True, ddp_backend="gloo", disable_tqdm=True,
             )

@@ -42,13 +42,15 @@ def test_survivors_are_never_worse_than_what_did_not_survive(candidates, at_leas
     assert all(dominated(candidate, kept) for candidate in rest)
 
 
-@given(st.lists(st.floats(0, 0.99), min_size=3, max_size=3))
-def test_every_candidate_is_a_legal_length_config(drops):
-    trial = optuna.trial.FixedTrial({f"drop_{layer}": drop for layer, drop in enumerate(drops)})
-    shares = search.draw_length_config(trial, [0.99] * 3)
-    tiny_config().token_lengths(shares)
-    for entering, handed_on, drop in zip([1.0, *shares], shares, drops):
-        assert (handed_on == entering) == (drop < 0.1) or entering < 0.05  # where three decimals are few
+@given(st.lists(st.floats(0, 0.9), min_size=3, max_size=3, unique=True), st.integers(1, 3))
+def test_every_candidate_is_a_legal_length_config(drops, at_most):
+    trial = optuna.trial.FixedTrial({f"drop_{layer}": drop for layer, drop in zip((0, 2, 3), drops)})
+    shares = search.draw_length_config(trial, 4, [0, 2, 3], at_most)
+    tiny_config(num_hidden_layers=4).token_lengths(shares)
+    asked = [drops[0], 0.0, *drops[1:]]
+    dropping = [drop >= 0.1 and sum(other > drop for other in asked) < at_most for drop in asked]
+    for entering, handed_on, drops_here in zip([1.0, *shares], shares, dropping):
+        assert (handed_on < entering) == drops_here or entering < 0.05  # where three decimals are few
         assert handed_on == entering or handed_on <= entering * 0.9 + 0.001
 
 
@@ -73,14 +75,10 @@ def test_presets_are_the_best_that_their_shares_of_the_macs_pay_for():
         placed(*front[2:], candidate(70, 0.45))
 
 
-def command(folder, city_file):
-    """A search over a copy of one tiny model, which writes all it writes into `folder`."""
-    if not folder.exists():
-        tiny_folder(folder)
-    options = ["--model", folder, "--data", city_file, "--study", folder / "search.sqlite3", "--seed", 3]
+def command(model, windows, folder):
+    options = ["--model", model, "--windows", windows, "--output_dir", folder, "--seed", 3, "--survivors", 5]
     options += ["--candidates", 24, "--population", 6, "--subset", 6, "--max_loss", 100, "--max_preset_loss", 100]
-    options += ["--length_drop_ratio_bound", 0.9, "--preset_shares", 0.7, 0.63, 0.6, 0.57]
-    options += ["--survivors", 5, "--output", folder / "search.json", "--plot", folder / "pareto.png"]
+    options += ["--preset_shares", 0.7, 0.63, 0.6, 0.57]
     return [sys.executable, "-m", "recipe.search", *map(str, options)]
 
 
@@ -93,18 +91,18 @@ def measured_so_far(path):
 
 
 @once
-def test_a_search_killed_at_a_random_moment_ends_with_the_same_front(tmp_path, city_file, monkeypatch, capsys):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+def test_a_search_killed_at_a_random_moment_ends_with_the_same_front(tmp_path, city_windows, monkeypatch, capsys):
+    model, whole, killed = tiny_folder(tmp_path / "model"), tmp_path / "whole", tmp_path / "killed"
 
     def run_here(folder):
-        monkeypatch.setattr(sys, "argv", command(folder, city_file)[2:])
+        monkeypatch.setattr(sys, "argv", command(model, city_windows, folder)[2:])
         search.main()
         return capsys.readouterr()
 
     printed = run_here(whole).out
-    assert "The front after 24 candidates" in printed and str(whole / "pareto.png") in printed
+    assert "The front after 24 candidates" in printed and f"pareto.png to {whole}" in printed
 
-    running = subprocess.Popen(command(killed, city_file), cwd=ROOT, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(command(model, city_windows, killed), cwd=ROOT, stderr=subprocess.DEVNULL)
     moment = random.randrange(1, 28)  # 24 on the subset, then full and the survivors on all questions
     while measured_so_far(killed / "search.sqlite3") < moment and running.poll() is None:
         time.sleep(0.01)
@@ -131,7 +129,7 @@ def test_a_search_killed_at_a_random_moment_ends_with_the_same_front(tmp_path, c
 def test_a_candidate_that_was_being_measured_comes_again(tmp_path, place):
     def ask(candidates):
         trial = candidates.next_trial()
-        return trial, search.draw_length_config(trial, [0.5] * 3)
+        return trial, search.draw_length_config(trial, 3, [0, 1, 2], 2)
 
     def tell(candidates, trial, shares):
         trial.set_user_attr("length_config", shares)
