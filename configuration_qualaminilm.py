@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import reprlib
@@ -44,7 +45,8 @@ require_versions(torch=installed("torch"), transformers=transformers.__version__
 PRESETS_FILE = "length_configs.json"
 WEIGHTS_PATTERN = "model*.safetensors"
 GRAPH_FILE = "onnx/model_int8.onnx"
-CODE_FILES = tuple(f"{room}_qualaminilm.py" for room in ("configuration", "modeling", "quantization", "pipeline"))
+ROOMS = ("configuration", "modeling", "quantization", "spans", "reading", "pipeline")
+CODE_FILES = tuple(f"{room}_qualaminilm.py" for room in ROOMS)
 # Repository -> texts of its code by file name: see `keep_code`.
 KEPT_CODE = {}
 AUTO_MAP = {
@@ -122,6 +124,11 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         length_presets (`dict`): name -> preset, as in the `presets` of `length_configs.json`. `"full"`, which drops
             nothing, is always among them. Kept in `length_configs.json`, never in `config.json`.
         int8_storage (`dict` of `str`): how int8 weights are stored, in words; `None`: the weights are floats.
+        no_answer_threshold (`float`): below this evidence, in log units, a text does not answer; `None`, 0: below that
+            of its null.
+        answerable_calibration (`list` of two `float`): slope and intercept of the logistic function that makes the
+            best evidence how sure it is that a text answers; `None`, 1 and 0: the model's own probability, of one
+            window.
         architecture_sha256, weights_sha256: of `config.json`; see [`QuaLAMiniLMConfig.write_checksums`]. The first is
             compared with the fields here, the second with the files when they are loaded. Neither is kept, so that
             none is ever written that is not of what stands beside it.
@@ -153,6 +160,8 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         length_config="full",
         length_presets=None,
         int8_storage=None,
+        no_answer_threshold=None,
+        answerable_calibration=None,
         architecture_sha256=None,
         weights_sha256=None,
         **kwargs,
@@ -174,6 +183,8 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         self.significance = significance
         self.length_config = length_config
         self.int8_storage = int8_storage
+        self.no_answer_threshold = no_answer_threshold
+        self.answerable_calibration = answerable_calibration
         self._check_fields(kwargs)
         self.length_presets = self._checked_presets(length_presets)
         if architecture_sha256 is not None and architecture_sha256 != self.sha256_of_architecture():
@@ -213,6 +224,11 @@ class QuaLAMiniLMConfig(PretrainedConfig):
         storage = self.int8_storage
         legal = isinstance(storage, dict) and storage and all(isinstance(each, str) for each in storage.values())
         require("int8_storage", storage, storage is None or legal, "None or a dict of str")
+        threshold, calibration = self.no_answer_threshold, self.answerable_calibration
+        require("no_answer_threshold", threshold, threshold is None or is_finite(threshold), "None or a finite number")
+        legal = isinstance(calibration, list) and len(calibration) == 2 and all(map(is_finite, calibration))
+        legal = calibration is None or (legal and calibration[0] > 0)
+        require("answerable_calibration", calibration, legal, "None or a list of two finite numbers, the first above 0")
         model_type = others.get("model_type", self.model_type)
         require("model_type", model_type, isinstance(model_type, str), "a str")
         architectures, dtype = others.get("architectures"), others.get("dtype")
@@ -581,6 +597,10 @@ def is_plain_name(name):
 def is_number(value, kind=Real):
     """Whether `value` is of `kind`, booleans not being numbers."""
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def is_finite(value):
+    return is_number(value) and math.isfinite(value)
 
 
 def require(name, value, legal, accepted):

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoTokenizer
 
 from conftest import ROOT, tiny_config
+from qualaminilm import reading_qualaminilm
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering, QuaLAMiniLMQuestionAnsweringOutput
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 
@@ -17,14 +18,14 @@ WORDS += ["e\u0301te\u0301", "🧑\u200d🚀", "👍🏽", "\x00", "\n\n\t"]
 
 
 class Oracle(QuaLAMiniLMForQuestionAnswering):
-    """Answers with the passwords, wherever they stand; remembers the batches that it was asked."""
+    """Answers with the passwords, wherever they stand; remembers the shapes of the batches that it was asked."""
 
     def __init__(self, config, passwords):
         super().__init__(config)
         self.passwords, self.batches = torch.tensor(passwords), []
 
     def forward(self, input_ids, **kwargs):
-        self.batches.append(len(input_ids))
+        self.batches.append(tuple(input_ids.shape))
         logits = torch.isin(input_ids, self.passwords) * 20.0
         return QuaLAMiniLMQuestionAnsweringOutput(start_logits=logits, end_logits=logits)
 
@@ -38,9 +39,9 @@ class Listening:
     def __getattr__(self, name):
         return getattr(self.tokenizer, name)
 
-    def __call__(self, *texts, **kwargs):
+    def encode_batch(self, texts, **kwargs):
         self.heard += texts
-        return self.tokenizer(*texts, **kwargs)
+        return self.tokenizer.encode_batch(texts, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_planted_answers_of_200_pages_are_found_where_they_stand(qa):
         answers = qa(question=QUESTION, context=context, top_k=len(PASSWORDS), batch_size=16, **parameters)
         assert as_spans(answers) == expected
         assert all(context[answer["start"] : answer["end"]] == answer["answer"] for answer in answers)
-        *full, last = qa.model.batches
+        *full, last = [windows for windows, _ in qa.model.batches]
         assert set(full) == {16} and 1 <= last <= 16
 
 
@@ -84,35 +85,73 @@ def test_many_questions_against_one_text_tokenise_it_once_and_share_batches(qa, 
     other, elsewhere = book(2_000, PASSWORDS[1:2], seed=1)
     questions = [QUESTION, "Who?", QUESTION]
     alone = [qa(question=question, context=context) for question in questions] + [qa(QUESTION, other)]
-    listening = Listening(qa.tokenizer)
-    monkeypatch.setattr(qa, "tokenizer", listening)
+    listening = Listening(qa.reading.tokenizer)
+    monkeypatch.setattr(qa.reading, "tokenizer", listening)
+    for given in ({"batch_size": 8}, {}):
+        listening.heard.clear()
+        qa.model.batches.clear()
+        together = qa(question=[*questions, QUESTION], context=[context] * 3 + [other], **given)
+        assert together == alone
+        assert as_spans(together) == {
+            password: (start, start + len(password)) for password, start in (places | elsewhere).items()
+        }
+        assert listening.heard.count(context) == listening.heard.count(other) == 1
+        assert {windows for windows, _ in qa.model.batches[1:-1]} == {8}
+
+
+def test_a_stream_answers_each_row_before_the_next_and_its_windows_together(qa):
+    long, places = book(2_000, PASSWORDS[:1])
+    read = []
+
+    def rows():
+        for context in ("a castle", long, "a thunder"):
+            read.append(context)
+            yield {"question": QUESTION, "context": context}
+
     qa.model.batches.clear()
-    together = qa(question=[*questions, QUESTION], context=[context] * 3 + [other], batch_size=8)
-    assert together == alone
-    assert as_spans(together) == {
-        password: (start, start + len(password)) for password, start in (places | elsewhere).items()
-    }
-    assert listening.heard.count(context) == listening.heard.count(other) == 1
-    assert set(qa.model.batches[:-1]) == {8}
+    answers = qa(rows())
+    assert read == [] and next(answers)["answer"] == "castle"
+    assert len(read) == 1 and qa.model.batches == [(1, 10)]
+    qa.model.batches.clear()
+    assert next(answers)["start"] == places["castle"] and len(read) == 2
+    windows = len(qa.preprocess({"question": QUESTION, "context": long}))
+    assert [batch for batch, _ in qa.model.batches] == [8] * (windows // 8) + [windows % 8] * (windows % 8 > 0)
+    assert next(answers)["answer"] == "thunder" and list(answers) == []
+
+
+@pytest.mark.parametrize("group_tokens", [1, 700, 2**16])
+def test_rows_of_a_list_share_batches_with_those_of_like_length(qa, monkeypatch, group_tokens):
+    draw = random.Random(0)
+    contexts = [" ".join(draw.choices(WORDS, k=draw.choice([3, 30, 300, 900]))) + " castle" for _ in range(40)]
+    rows = [{"question": QUESTION, "context": context} for context in contexts]
+    alone = [qa(row) for row in rows]
+    monkeypatch.setattr(reading_qualaminilm, "GROUP_TOKENS", group_tokens)
+    qa.model.batches.clear()
+    assert qa(rows) == alone
+    lengths = [len(window) for row in rows for window in qa.preprocess(row)]
+    assert sum(windows for windows, _ in qa.model.batches) == len(lengths)
+    computed = sum(windows * longest for windows, longest in qa.model.batches)
+    assert all(windows * longest <= reading_qualaminilm.BATCH_TOKENS for windows, longest in qa.model.batches)
+    if group_tokens == 2**16:
+        assert computed < 1.1 * sum(lengths)
+        assert len(qa.model.batches) < 1.5 * sum(lengths) / reading_qualaminilm.BATCH_TOKENS + 1
 
 
 def test_memory_does_not_grow_with_the_windows(qa):
     """Beside the text's own tokens: less than 20 kB more for each further window, though one of 300-token answers has
-    100,000 spans, 0.4 MB of scores."""
+    100,000 spans, 0.8 MB of scores."""
 
     def peak_and_windows(words):
         context, _ = book(words, PASSWORDS)
-        tokens = qa._tokenize(context)
-        example = {"question": QUESTION, "context": context}
+        tokens = qa.reading.tokens(context)
         tracemalloc.start()
-        outputs = []
-        for window in qa.preprocess(example, tokens=tokens):
-            outputs += qa.forward([window])
-        answers = qa.postprocess(outputs, top_k=8, max_answer_len=300)
+        windows = qa.reading.windows(QUESTION, tokens)
+        logits = [each for window in windows for each in qa.forward([window])]
+        answers = qa.postprocess(context, windows, logits, top_k=30, max_answer_len=300)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert set(PASSWORDS) <= {answer["answer"] for answer in answers}
-        return peak, len(outputs)
+        return peak, len(windows)
 
     (small, few), (large, many) = peak_and_windows(1_000), peak_and_windows(10_000)
     assert many > 5 * few > 20

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, tiny_config
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering, QuaLAMiniLMQuestionAnsweringOutput
-from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline, whole_string
+from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
+from qualaminilm.spans_qualaminilm import whole_string
 from recipe.data import load_tokenizer
 
 FORM = "Card of Ada\nBlood type: AB-\nAllergies: penicillin, peanuts\n\nDoctor: Eze"
