@@ -92,7 +92,7 @@ def build_graph(model, length_config=None, weights_sha256=None):
 
     Inputs: input_ids, attention_mask and, in BERT's family, token_type_ids, int64 (batch_size, sequence_length); and
     without a `length_config`, it, float32 (num_hidden_layers,), shares or counts. The last may be left out: nothing is
-    dropped then. What is none of [`QuaLAMiniLMConfig.token_lengths`]'s is not refused, a graph cannot do that.
+    dropped then. What is none of [`LengthConfigs.token_lengths`]'s is not refused, a graph cannot do that.
     Outputs: start_logits and end_logits, float32 (batch_size, sequence_length), the lowest number at padding.
 
     Args:

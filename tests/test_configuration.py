@@ -2,6 +2,7 @@ import hashlib
 import json
 import shutil
 import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 from types import SimpleNamespace
@@ -272,7 +273,30 @@ def test_the_code_imports_itself_in_no_circle():
     """Which transformers before 4.57 follows for ever, instead of importing what says that it is too old."""
     assert {path.name for path in ROOT.glob("*_qualaminilm.py")} == {*CODE_FILES}
     imports = {name: [f"{each}.py" for each in get_relative_imports(ROOT / name)] for name in CODE_FILES}
-    assert next(TopologicalSorter(imports).static_order()) == CODE_FILES[0] == "configuration_qualaminilm.py"
+    assert {*TopologicalSorter(imports).static_order()} == {*CODE_FILES}
+    # What runs before it has said so imports no package of another version.
+    assert imports["configuration_qualaminilm.py"] == ["length_configs_qualaminilm.py"]
+    assert imports["length_configs_qualaminilm.py"] == []
+
+
+def test_length_configs_need_no_package():
+    """What runs the exported graph reads them without torch and transformers."""
+    script = (
+        "import sys\n"
+        "from qualaminilm.length_configs_qualaminilm import LengthConfigs, read_presets\n"
+        "class Sizes(LengthConfigs):\n"
+        "    num_hidden_layers, hidden_size, intermediate_size, significance = 6, 384, 1536, 'learned'\n"
+        "    length_config = None\n"
+        "sizes = Sizes()\n"
+        "sizes.length_presets = sizes.checked_presets(read_presets('length_configs.json', 6))\n"
+        "print(sizes.token_lengths({'max_macs': 0.5}).entries, sizes.macs('full'))\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names))"
+    )
+    done = subprocess.run([sys.executable, "-Sc", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    config = QuaLAMiniLMConfig.from_pretrained(ROOT)
+    answer, imported = done.stdout.splitlines()
+    assert answer == f"{config.token_lengths({'max_macs': 0.5}).entries} {config.macs('full')}"
+    assert imported == "['__main__', 'qualaminilm']"
 
 
 def test_code_that_is_missing_is_named_before_anything_is_written(tmp_path):

@@ -25,7 +25,7 @@ from optimum.intel import OVModelForQuestionAnswering
 from optimum.onnxruntime import ORTModelForQuestionAnswering
 
 from qualaminilm import modeling_qualaminilm, quantization_qualaminilm
-from qualaminilm.configuration_qualaminilm import TokenLengths
+from qualaminilm.length_configs_qualaminilm import TokenLengths
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe.data import load_tokenizer
