@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 from numbers import Integral
@@ -42,7 +43,7 @@ require_versions(torch=installed("torch"), transformers=transformers.__version__
 
 WEIGHTS_PATTERN = "model*.safetensors"
 GRAPH_FILE = "onnx/model_int8.onnx"
-ROOMS = ("length_configs", "configuration", "modeling", "quantization", "pipeline")
+ROOMS = ("length_configs", "configuration", "modeling", "quantization", "spans", "reading", "pipeline")
 CODE_FILES = tuple(f"{room}_qualaminilm.py" for room in ROOMS)
 # Repository -> texts of its code by file name: see `keep_code`.
 KEPT_CODE = {}
@@ -99,6 +100,11 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         length_presets (`dict`): name -> preset, as in the `presets` of `length_configs.json`. `"full"`, which drops
             nothing, is always among them. Kept in `length_configs.json`, never in `config.json`.
         int8_storage (`dict` of `str`): how int8 weights are stored, in words; `None`: the weights are floats.
+        no_answer_threshold (`float`): below this evidence, in log units, a text does not answer; `None`, 0: below that
+            of its null.
+        answerable_calibration (`list` of two `float`): slope and intercept of the logistic function that makes the
+            best evidence how sure it is that a text answers; `None`, 1 and 0: the model's own probability, of one
+            window.
         architecture_sha256, weights_sha256: of `config.json`; see [`QuaLAMiniLMConfig.write_checksums`]. The first is
             compared with the fields here, the second with the files when they are loaded. Neither is kept, so that
             none is ever written that is not of what stands beside it.
@@ -130,6 +136,8 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         length_config="full",
         length_presets=None,
         int8_storage=None,
+        no_answer_threshold=None,
+        answerable_calibration=None,
         architecture_sha256=None,
         weights_sha256=None,
         **kwargs,
@@ -151,6 +159,8 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         self.significance = significance
         self.length_config = length_config
         self.int8_storage = int8_storage
+        self.no_answer_threshold = no_answer_threshold
+        self.answerable_calibration = answerable_calibration
         self._check_fields(kwargs)
         self.length_presets = self.checked_presets(length_presets)
         if architecture_sha256 is not None and architecture_sha256 != self.sha256_of_architecture():
@@ -190,6 +200,11 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         storage = self.int8_storage
         legal = isinstance(storage, dict) and storage and all(isinstance(each, str) for each in storage.values())
         require("int8_storage", storage, storage is None or legal, "None or a dict of str")
+        threshold, calibration = self.no_answer_threshold, self.answerable_calibration
+        require("no_answer_threshold", threshold, threshold is None or is_finite(threshold), "None or a finite number")
+        legal = isinstance(calibration, list) and len(calibration) == 2 and all(map(is_finite, calibration))
+        legal = calibration is None or (legal and calibration[0] > 0)
+        require("answerable_calibration", calibration, legal, "None or a list of two finite numbers, the first above 0")
         model_type = others.get("model_type", self.model_type)
         require("model_type", model_type, isinstance(model_type, str), "a str")
         architectures, dtype = others.get("architectures"), others.get("dtype")
@@ -413,6 +428,10 @@ def _stored_file(repository, name, **where):
         beside = Path(repository).with_name(name)
         return beside if beside.is_file() else None
     return cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **where)
+
+
+def is_finite(value):
+    return is_number(value) and math.isfinite(value)
 
 
 def write_beside_then_rename(path, text):
