@@ -1,7 +1,6 @@
 """`pipeline("question-answering")` for transformers 4.57, and for 5, where the task was removed.
 
-Spans and scores are those of the `QuestionAnsweringPipeline` of transformers 4.57, but that an answer does not end in
-the middle of an address, a file name or a number; the class lists where else it differs.
+How texts are read and answered stands in reading_qualaminilm.py; here are the forms of call that 4.57 has, and torch.
 """
 
 import difflib
@@ -41,21 +40,34 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         max_answer_len (`int`, defaults to 15): tokens of the longest answer, before it is widened.
         max_seq_len (`int`): tokens of a window, question included; by default 384, or the tokenizer's maximum.
         max_question_len (`int`): tokens after which a question is cut; by default it is not.
-        handle_impossible_answer (`bool`, defaults to `False`): let "" compete with the score of [CLS].
+        handle_impossible_answer (`bool`, defaults to `False`): answer "" where the text does not answer, that is, where
+            no answer has as much evidence as `no_answer_threshold`. Of `top_k` answers above 1, "" is the first if it
+            wins, else the last.
+        no_answer_threshold (`float`): in log units; by default that of config.json, where it was chosen on validation
+            questions, else 0: an answer has to be as probable as none.
+        return_answerable (`bool`, defaults to `False`): add `answerable` to each answer: how sure the model is that
+            the text answers at all, in [0, 1]; a function of the best answer's evidence, calibrated in config.json.
         align_to_words (`bool`, defaults to `True`): widen answers to whole words, and to whole strings as
             [`whole_string`] says.
         padding (`bool` or `str`, defaults to `"do_not_pad"`): as in tokenizers.
-        batch_size (`int`, defaults to 1): windows that pass through the model together.
+        batch_size (`int`): windows that pass through the model together, in their order; rows of a stream wait for each
+            other. By default as many as make a few thousand tokens: those of a text, and in a list those of like
+            length. A row of a stream is then answered before the next one is read.
         length_config: tokens each layer keeps; see `QuaLAMiniLMConfig.token_lengths`.
         show_progress_bar (`bool`, defaults to `False`, at each call): draw how many characters of the contexts have
             been read, with tqdm.
 
-    A context is tokenised once for all questions that follow each other about it. A long one's windows are made and
-    answered batch by batch: beside its text and tokens, only the logits are held, a few kB a window.
+    A context is tokenised once for all questions that follow each other about it. A long one is read in windows, and
+    beside its text and tokens, only their logits are held, a few kB a window.
+
+    Across windows, answers are compared by evidence: p(start) p(end), over p(start) p(end) of no answer, [CLS], in the
+    same window. What several windows or places answer alike counts once, where it has most. With e its evidence and
+    Z = 1 + the sum over windows of (1/p(no answer) - 1), an answer's score is e/Z: of a text of one window, its
+    probability. That of "" is exp(`no_answer_threshold`)/Z, 1 at most.
 
     Returns:
-        for each question a dict with `score` (`float`), `start`, `end` (`int`, characters of the context) and
-        `answer` (`str`, `context[start:end]`); where `top_k` is above 1, a list of at most as many. That for one
+        for each question a dict with `score` (`float`, in [0, 1]), `start`, `end` (`int`, characters of the context)
+        and `answer` (`str`, `context[start:end]`); where `top_k` is above 1, a list of at most as many. That for one
         question, given as two texts or a dict of them; a list of these for lists and tuples, of whatever length; an
         iterator over them for any other iterable, which is read as far as its answers are asked for.
 
@@ -67,7 +79,8 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         Of several questions, the message names the one at fault by its number: "row 0: " is the first. In a list all
         are looked at before the model runs. What only the tokenizer or the model can tell, that a question leaves
         no room for its context for instance, is found when its turn comes. Every exception that ends a list has the
-        answers to the questions before, in order, as its attribute `answers`; a stream gives them first, then raises.
+        answers to the questions before, in order, as its attribute `answers` (what the model itself raises: to those
+        that it had answered); a stream gives them first, then raises.
 
     Where it differs from the pipeline of transformers 4.57:
         - A list of one question gives a list, where 4.57 gives what is in it; `top_k` above 1 a list even of one.
@@ -79,6 +92,11 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         - Answers are whole strings, and end with the `field: value` line that they begin in: [`whole_string`].
         - The answers of `top_k` differ as text and there are as many as asked for, if the text has as many; their
           scores do not depend on `top_k`.
+        - Windows are compared by evidence. 4.57 compares probabilities, which each window has of itself, and adds up
+          those of one text. Of a text of one window, scores are the same.
+        - `handle_impossible_answer`: of several windows 4.57 takes the least probability of no answer. Of `top_k`
+          answers "" stands where its score does, or is left out.
+        - By default windows share batches; in 4.57 they pass one by one.
         - `max_question_len` holds, and is unset by default; 4.57 ignores it with a fast tokenizer.
         - Where 128 shared tokens do not fit in a window beside a long question, by default fewer are shared.
     """
@@ -99,6 +117,8 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         "max_answer_len",
         "max_question_len",
         "max_seq_len",
+        "no_answer_threshold",
+        "return_answerable",
         "top_k",
     )
 

@@ -1,5 +1,7 @@
 import csv
 import json
+import math
+import random
 import re
 from types import SimpleNamespace
 
@@ -245,6 +247,17 @@ def test_validation_questions_are_answered_as_by_the_built_in(qa, built_in, vali
 
 
 @needs_built_in
+def test_texts_of_one_window_have_no_answer_where_the_built_in_finds_none(qa, built_in):
+    draw, found = random.Random(0), []
+    for _ in range(60):
+        context = " ".join(draw.choices(WORDS, k=draw.randint(1, 12)))
+        asked = {"question": QUESTION, "context": context, "handle_impossible_answer": True}
+        found.append(qa(**asked))
+        assert_same(found[-1], built_in(**asked))
+    assert 2 < sum(answer["answer"] == "" for answer in found) < 58
+
+
+@needs_built_in
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "call",
@@ -358,7 +371,8 @@ def test_the_last_batch_of_a_data_set_may_have_one_row(qa):
         ("max_answer_length", "max_answer_len"),
         ("topk_", "top_k"),
         ("quesiton", "question"),
-        ("threshold", None),
+        ("threshold", "no_answer_threshold"),
+        ("voice", None),
     ],
 )
 def test_unknown_arguments_are_named(qa, name, near):
@@ -499,6 +513,7 @@ def test_token_types_are_fed_whatever_the_tokenizer_says_of_them(qa):
         ({}, {"top_k": "3"}, "top_k parameter"),
         ({}, {"max_seq_len": 0}, "max_seq_len parameter"),
         ({}, {"max_question_len": 0}, "max_question_len parameter"),
+        ({}, {"no_answer_threshold": "high"}, "no_answer_threshold is 'high', expected a number"),
         ({}, {"length_config": "quick"}, "length_config is 'quick', which is no preset"),
         ({}, {"length_config": [5, 4]}, "length_config has 2 entries, the model has 3 layers"),
         ({"context": CONTEXT * 60}, {"max_seq_len": 600}, "600 tokens long, the model has positions for 512"),
@@ -587,6 +602,38 @@ def test_length_config_at_construction_and_at_the_call(qa):
     full = qa(ONE, top_k=3)
     assert full != expected
     assert by_construction(ONE, length_config="full") == full
+
+
+def test_thresholds_and_calibration_of_the_configuration_count_and_those_of_the_call_more(tmp_path):
+    """After they went through config.json."""
+    bound = 30.0  # far above this model's evidence
+    model = tiny_model(no_answer_threshold=bound, answerable_calibration=[0.0625, -1.0])
+    QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(ROOT)).save_pretrained(tmp_path)
+    qa = pipeline("question-answering", model=str(tmp_path), trust_remote_code=True, return_answerable=True)
+    assert qa(ONE)["answer"] and qa(ONE, handle_impossible_answer=True)["answer"] == ""
+    low = qa(ONE, handle_impossible_answer=True, no_answer_threshold=-bound)
+    assert low == qa(ONE)
+    plain = QuestionAnsweringPipeline(model=tiny_model(), tokenizer=load_tokenizer(ROOT), return_answerable=True)(ONE)
+    evidence = math.log(plain["answerable"] / (1 - plain["answerable"]))
+    assert low["answerable"] == pytest.approx(1 / (1 + math.exp(1 - 0.0625 * evidence)))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("no_answer_threshold", float("nan")),
+        ("no_answer_threshold", float("inf")),
+        ("no_answer_threshold", True),
+        ("no_answer_threshold", "0"),
+        ("answerable_calibration", 1.0),
+        ("answerable_calibration", [1.0]),
+        ("answerable_calibration", [1.0, None]),
+        ("answerable_calibration", [0.0, 1.0]),
+    ],
+)
+def test_thresholds_and_calibration_that_are_none_are_named(field, value):
+    with pytest.raises(ValueError, match=f"{field} is .*, expected None or a"):
+        tiny_config(**{field: value})
 
 
 def test_the_repository_answers_through_transformers_pipeline():
