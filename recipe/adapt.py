@@ -32,7 +32,7 @@ class AdaptArguments(SpanArguments):
         metadata={"help": "What the model drops tokens by.", "choices": ["attention", "learned"]},
     )
     choosing: list[int] = field(
-        default_factory=lambda: [1, 2, 3, 4], metadata={"help": "Layers, from 0, that sub-models may drop tokens in."}
+        default_factory=list, metadata={"help": "Layers, from 0, that sub-models may drop tokens in; all by default."}
     )
     at_most: int = field(default=3, metadata={"help": "Layers that one sub-model drops tokens in."})
     least_left: float = field(
@@ -55,10 +55,6 @@ class AdaptArguments(SpanArguments):
             raise ValueError(f"--scorers_only with --significance {self.significance}, which has no scorers")
         if not 0 < self.least_left < MOST_LEFT:
             raise ValueError(f"--least_left is {self.least_left}, expected a number between 0 and {MOST_LEFT}")
-        if not 1 <= self.at_most <= len(self.choosing):
-            raise ValueError(
-                f"--at_most is {self.at_most}, expected 1 to {len(self.choosing)}, the layers of --choosing"
-            )
         if not 0 <= self.share <= 1:
             raise ValueError(f"--share is {self.share}, expected a number in [0, 1]")
 
@@ -122,9 +118,10 @@ class AdaptTrainer(SpanTrainer):
         more. Which layers drop tokens, and how much of it each does, is drawn for every one of them.
         """
         rng = random.Random(f"{self.args.seed} {self.state.global_step}")
+        choosing = self.arguments.choosing or range(layers)
         least, most = math.log(self.arguments.least_left), math.log(MOST_LEFT)
         for left in [least, *(rng.uniform(least, most) for _ in range(self.arguments.num_sandwich))]:
-            chosen = rng.sample(self.arguments.choosing, rng.randint(1, self.arguments.at_most))
+            chosen = rng.sample(choosing, rng.randint(1, min(self.arguments.at_most, len(choosing))))
             parts = [rng.random() if layer in chosen else 0.0 for layer in range(layers)]
             done = [sum(parts[: layer + 1]) / sum(parts) for layer in range(layers)]
             yield [math.exp(left * each) for each in done]

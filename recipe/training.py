@@ -17,7 +17,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.quantization_qualaminilm import cpu_multiplies_bfloat16
-from recipe.data import load_config, longest_window
+from recipe.data import load_config
 from recipe.presets import without_scores
 from recipe.windows import TRAIN, validation_questions, windows
 
@@ -262,7 +262,7 @@ def train(trainer_class, model, tokenizer, arguments, training, finish=None):
         rows = datasets.concatenate_datasets([rows, datasets.load_from_disk(arguments.answers)], axis=1)
     held_out = validation_questions(arguments.windows)
     held_out = held_out.shuffle(seed=0).select(range(min(len(held_out), arguments.validation_windows)))
-    held_out = windows(held_out, tokenizer, longest_window(model.config)).sort("length") if len(held_out) else None
+    held_out = windows(held_out, tokenizer, max(rows["length"])).sort("length") if len(held_out) else None
     if held_out is None:
         training.eval_strategy = IntervalStrategy.NO
     trainer = trainer_class(

@@ -35,7 +35,7 @@ def trainer(seed=0, step=0, **fields):
 
 @given(st.integers(0, 10**6), st.sets(st.integers(0, 5), min_size=1).map(sorted), st.floats(0.01, 0.6), st.data())
 def test_sub_models_choose_where_they_may(step, choosing, least_left, data):
-    at_most = data.draw(st.integers(1, len(choosing)))
+    at_most = data.draw(st.integers(1, 7))
     options = {"choosing": choosing, "at_most": at_most, "least_left": least_left, "num_sandwich": 4}
     smallest, *others = trainer(step=step, **options).sub_models(6)
     assert smallest[-1] == pytest.approx(least_left) and len(others) == 4
@@ -128,7 +128,7 @@ def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance)
 @pytest.mark.parametrize("significance", ["learned", "attention"])
 def test_an_adaptation_that_was_stopped_goes_on_to_the_same_weights(tmp_path, city_windows, monkeypatch, significance):
     base = tiny_folder(tmp_path / "base")
-    options = ["--model", base, "--windows", city_windows, "--learning_rate", 1e-3, "--choosing", 0, 1, "--at_most", 2]
+    options = ["--model", base, "--windows", city_windows, "--learning_rate", 1e-3]
     options += ["--significance", significance, "--per_device_train_batch_size", 8, "--num_train_epochs", 2]
     options += ["--save_steps", 7, "--bf16", "False", "--share", 0.5]
 
@@ -164,7 +164,7 @@ def test_scorers_learn_at_their_own_rate(tmp_path, city_windows, monkeypatch):
             return optimizer
 
     monkeypatch.setattr(adapt, "AdaptTrainer", Spy)
-    options = ["--model", base, "--windows", city_windows, "--choosing", 0, "--at_most", 1, "--max_steps", 1]
+    options = ["--model", base, "--windows", city_windows, "--max_steps", 1]
     options += ["--bf16", "False"]
     options += ["--learning_rate", 1e-5, "--scorer_learning_rate", 1e-2, "--output_dir", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options)])
@@ -177,7 +177,7 @@ def test_scorers_can_be_trained_alone(tmp_path, city_windows, monkeypatch):
     base = tiny_folder(tmp_path / "base")
 
     def adapt(*options):
-        options = ["--model", base, "--windows", city_windows, "--choosing", 0, "--at_most", 1, *options]
+        options = ["--model", base, "--windows", city_windows, *options]
         options += ["--scorers_only", "--bf16", "False"]
         monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options), "--output_dir", str(tmp_path / "out")])
         main()
@@ -194,7 +194,6 @@ def test_options_that_do_not_fit_are_named():
     for options, message in (
         ({"scorers_only": True, "significance": "attention"}, "--significance attention, which has no scorers"),
         ({"least_left": 0.8}, "--least_left is 0.8, expected a number between 0 and 0.7"),
-        ({"at_most": 5}, "--at_most is 5, expected 1 to 4"),
         ({"share": 1.1}, "--share is 1.1"),
         ({"share": float("nan")}, "--share is nan"),
     ):
@@ -218,7 +217,7 @@ def test_two_processes_train_one_model(tmp_path, city_windows, monkeypatch):
     """With scorers and layers that some steps do not use, whose gradients no process may wait for."""
     base = tiny_folder(tmp_path / "base")
     options = ["--model", base, "--windows", city_windows, "--max_steps", 3, "--per_device_train_batch_size", 4]
-    options += ["--choosing", 0, 1, "--at_most", 2, "--bf16", "False", "--output_dir"]
+    options += ["--bf16", "False", "--output_dir"]
     torchrun = ["--standalone", "--nproc_per_node", 2, "--module", "recipe.adapt"]
     run("torch.distributed.run", *torchrun, *options, tmp_path / "two")
     monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options), str(tmp_path / "one")])

@@ -583,7 +583,7 @@ def test_converted_weights_go_through_the_recipe(city_windows, tmp_path, monkeyp
     run(search, "--model", out, "--windows", city_windows, *settings, "--output_dir", searched)
     presets = QuaLAMiniLMForQuestionAnswering.from_pretrained(searched).length_presets
     assert len(presets) == 5
-    steps = ["--choosing", 0, 1, "--at_most", 2, "--max_steps", 2, "--bf16", "False"]
+    steps = ["--max_steps", 2, "--bf16", "False"]
     run(adapt, "--model", searched, "--windows", city_windows, *steps, "--output_dir", adapted)
     run(quantize, "--model", adapted, "--windows", city_windows, "--output_dir", int8)
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(int8)

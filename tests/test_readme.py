@@ -62,7 +62,7 @@ def test_the_block_with_a_model_object_makes_a_pipeline(monkeypatch):
 
 @trains
 def test_the_block_that_trains_trains(clone):
-    code = block("sh", "recipe.adapt --model . --train questions.json")
+    code = block("sh", "recipe.adapt --model . --windows")
     assert "Wrote the trained model to runs/mine" in run_block(f"{code.strip()} --bf16 False", clone)
     data = json.loads((clone / "questions.json").read_text())["data"]
     assert sum(len(paragraph["qas"]) for article in data for paragraph in article["paragraphs"]) == 4
