@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from qualaminilm.reading_qualaminilm import check_options
 from recipe.predict_rows import OUTPUTS, Job, Part, answer_part, answer_schema, cut_into_parts, open_input
 
 JOB_FILE = "job.json"
@@ -55,6 +56,7 @@ def predict(job, output, workers=None, ray=None):
         raise ValueError(f"--workers is {workers}, expected at least 1")
     if job.batch_size < 1:
         raise ValueError(f"--batch_size is {job.batch_size}, expected at least 1")
+    check_options(no_answer_threshold=job.no_answer_threshold)
     reader = open_input(job.input, job.columns)
     identity = identity_of(job)
     with job_folder(beside(output, ".parts")) as folder:
@@ -85,7 +87,7 @@ def predict(job, output, workers=None, ray=None):
                 bad += part.bad.count(b"\n")
                 bar.set_postfix(bad=bad, refresh=False)
                 bar.update(rows[part.number])
-        counts = put_together(folder, output, parts, answer_schema(reader.id_type))
+        counts = put_together(folder, output, parts, answer_schema(reader.id_type, job.return_answerable))
         if sum(counts.values()) != sum(rows.values()):
             raise RuntimeError(f"{folder} has {counts} rows, expected {sum(rows.values())}")
         # First this: a folder without it has nothing to go on with.
@@ -116,6 +118,9 @@ def identity_of(job):
         "--model": f"of SHA-256 {weights.hexdigest()}",
         "--length_config": job.length_config,
         "--batch_size": job.batch_size,
+        "--handle_impossible_answer": job.handle_impossible_answer,
+        "--no_answer_threshold": job.no_answer_threshold,
+        "--return_answerable": job.return_answerable,
     }
 
 
@@ -145,18 +150,23 @@ def begin_or_resume(folder, output, identity, reader):
     finished = finished_parts(folder)
     if job_file.exists():
         job = json.loads(job_file.read_text(encoding="utf-8"))
-        changed = [name for name in identity if job["identity"][name] != identity[name]]
-        if not changed:
+        begun_as = job["identity"]
+        if begun_as == identity:
             # A part's bad rows without its answers, or what was half-written.
             for path in folder.iterdir():
                 if path.suffix not in ("", ".json") and not (path.stem.isdigit() and int(path.stem) in finished):
                     path.unlink()
             return [Part(*part) for part in job["parts"]]
-        if finished:
-            name = changed[0]
+        if finished and begun_as.keys() != identity.keys():
             raise ValueError(
-                f"{name} is {identity[name]}, expected {job['identity'][name]}, as it was for the unfinished job in "
-                f"{folder}; remove that folder to begin anew"
+                f"the unfinished job in {folder} was begun by another version of recipe.predict, expected this one; "
+                f"remove that folder to begin anew"
+            )
+        if finished:
+            name = next(name for name in identity if begun_as[name] != identity[name])
+            raise ValueError(
+                f"{name} is {identity[name]}, expected {begun_as[name]}, as it was for the unfinished job in {folder}; "
+                f"remove that folder to begin anew"
             )
     if output.exists() or beside(output, ".bad.jsonl").exists():
         shutil.rmtree(folder)
@@ -265,6 +275,15 @@ def main():
     parser.add_argument("--model", default=".", help="folder of the model (this one)")
     parser.add_argument("--length_config", default="full", help="a preset's name, or JSON: [0.9, ...] (full)")
     parser.add_argument("--batch_size", type=int, default=16, help="rows that a worker answers together (16)")
+    parser.add_argument(
+        "--handle_impossible_answer", action="store_true", help='answer "" where the context does not answer'
+    )
+    parser.add_argument(
+        "--no_answer_threshold", type=float, help="evidence that an answer has to have, in log units (config.json's)"
+    )
+    parser.add_argument(
+        "--return_answerable", action="store_true", help="add a column: how sure the model is that there is an answer"
+    )
     parser.add_argument("--workers", type=int, help="processes, each of one thread (one a core)")
     for column in ("id", "question", "context"):
         parser.add_argument(f"--{column}", default=column, help=f"column of IN that holds the {column} ({column})")
@@ -282,6 +301,9 @@ def main():
         model=str(Path(arguments.model).resolve()),
         length_config=arguments.length_config,
         batch_size=arguments.batch_size,
+        handle_impossible_answer=arguments.handle_impossible_answer,
+        no_answer_threshold=arguments.no_answer_threshold,
+        return_answerable=arguments.return_answerable,
     )
     started = time.perf_counter()
     counts = predict(job, arguments.output, arguments.workers, arguments.ray)

@@ -47,6 +47,7 @@ class Job(NamedTuple):
         model (`str`): folder of the model.
         length_config (`str`): as typed, see `parse_length_config`.
         batch_size (`int`): rows that pass through the model together.
+        handle_impossible_answer (`bool`), no_answer_threshold (`float`), return_answerable (`bool`): the pipeline's.
     """
 
     input: str
@@ -55,6 +56,9 @@ class Job(NamedTuple):
     model: str
     length_config: str
     batch_size: int
+    handle_impossible_answer: bool = False
+    no_answer_threshold: float | None = None
+    return_answerable: bool = False
 
 
 class Answered(NamedTuple):
@@ -239,11 +243,10 @@ def cut_into_parts(reader, file_size):
     return parts
 
 
-def answer_schema(id_type):
+def answer_schema(id_type, return_answerable=False):
     """Arrow schema of the answers: one row a question."""
-    return pa.schema(
-        {"id": id_type, "answer": pa.string(), "start": pa.int64(), "end": pa.int64(), "score": pa.float64()}
-    )
+    columns = {"id": id_type, "answer": pa.string(), "start": pa.int64(), "end": pa.int64(), "score": pa.float64()}
+    return pa.schema(columns | ({"answerable": pa.float64()} if return_answerable else {}))
 
 
 class Answerer:
@@ -260,13 +263,16 @@ class Answerer:
         torch.set_num_threads(1)
         logging.disable_progress_bar()  # there is one already
         self.job, self.reader = job, open_input(job.input, job.columns)
-        self.schema = answer_schema(self.reader.id_type)
+        self.schema = answer_schema(self.reader.id_type, job.return_answerable)
         model = QuaLAMiniLMForQuestionAnswering.from_pretrained(job.model, dtype=torch.float32).eval()
         self.pipeline = QuestionAnsweringPipeline(
             model=model,
             tokenizer=AutoTokenizer.from_pretrained(job.model, config=model.config),
             length_config=parse_length_config(job.length_config),
             batch_size=job.batch_size,
+            handle_impossible_answer=job.handle_impossible_answer,
+            no_answer_threshold=job.no_answer_threshold,
+            return_answerable=job.return_answerable,
         )
 
     def __call__(self, part):

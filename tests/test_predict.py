@@ -2,8 +2,10 @@ import csv
 import importlib.util
 import itertools
 import json
+import math
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from conftest import ROOT, once, run, tiny_folder
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe import predict as predict_module
 from recipe import predict_rows
+from recipe.data import load_tokenizer
 from recipe.predict import finished_parts, predict
 from recipe.predict_rows import Answered, Answerer, Job, answer_part, cut_into_parts, open_input
 from tests.kill_predict import check_rows, children, kill_and_resume, write_rows
@@ -238,10 +241,11 @@ def test_bad_rows_say_why_and_leave_their_batch_alone(tmp_path, tiny, in_this_pr
 
 def test_a_row_that_breaks_the_model_is_refused_with_the_error(tmp_path, tiny, in_this_process, monkeypatch):
     rows = questions(10)
+    ids = load_tokenizer(ROOT)(rows[4]["context"], add_special_tokens=False)["input_ids"]
     forward = QuestionAnsweringPipeline._forward
 
     def breaking(self, windows, **kwargs):
-        if any(window["example"]["context"] == rows[4]["context"] for window in windows):
+        if any(window.tokens.ids.tolist() == ids for window in windows):
             raise IndexError("out of range")
         return forward(self, windows, **kwargs)
 
@@ -405,7 +409,17 @@ def stopped_job(tmp_path, monkeypatch, finished=2):
     return job, tmp_path / "out.jsonl"
 
 
-@pytest.mark.parametrize("changed", ["IN", "--id, --question, --context", "--model", "--length_config", "--batch_size"])
+OTHER_FIELDS = {
+    "--id, --question, --context": {"columns": ("id", "context", "question")},
+    "--length_config": {"length_config": "fast"},
+    "--batch_size": {"batch_size": 5},
+    "--handle_impossible_answer": {"handle_impossible_answer": True},
+    "--no_answer_threshold": {"no_answer_threshold": 1.5},
+    "--return_answerable": {"return_answerable": True},
+}
+
+
+@pytest.mark.parametrize("changed", ["IN", "--model", *OTHER_FIELDS])
 def test_another_job_does_not_go_on_with_this_ones_parts(tmp_path, small_parts, monkeypatch, changed):
     job, output = stopped_job(tmp_path, monkeypatch)
     folder = tmp_path / "out.jsonl.parts"
@@ -416,9 +430,7 @@ def test_another_job_does_not_go_on_with_this_ones_parts(tmp_path, small_parts, 
     elif changed == "--model":
         (tmp_path / "model" / "length_configs.json").write_text("{}")
     else:
-        fields = {"--length_config": ("length_config", "fast"), "--batch_size": ("batch_size", 5)}
-        name, value = fields.get(changed, ("columns", ("id", "context", "question")))
-        other = job._replace(**{name: value})
+        other = job._replace(**OTHER_FIELDS[changed])
     with pytest.raises(
         ValueError, match=f"^{changed} is .*, expected .*, as it was for the unfinished job in .*remove"
     ):
@@ -426,6 +438,38 @@ def test_another_job_does_not_go_on_with_this_ones_parts(tmp_path, small_parts, 
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     if other is not job:  # the first one still goes on
         assert predict(job, output)["answers"] == 30
+
+
+@pytest.mark.parametrize("name", ["--return_answerable", "--of_a_later_version"])
+def test_a_job_that_another_version_began_is_refused_with_a_sentence(tmp_path, small_parts, monkeypatch, name):
+    job, output = stopped_job(tmp_path, monkeypatch)
+    job_file = tmp_path / "out.jsonl.parts" / "job.json"
+    begun = json.loads(job_file.read_text())
+    if begun["identity"].pop(name, None) is None:
+        begun["identity"][name] = 1
+    job_file.write_text(json.dumps(begun))
+    with pytest.raises(ValueError, match="the unfinished job in .* was begun by another version of recipe.predict"):
+        predict(job, output)
+
+
+def test_no_answer_and_answerable_are_written_on_request(tmp_path, tiny, in_this_process):
+    rows = questions(40)
+    path = write_table(tmp_path / "in.jsonl", rows)
+    qa = Answerer(a_job(path, model=tiny)).pipeline
+    asked = [{name: row[name] for name in ("question", "context")} for row in rows]
+    sure = statistics.median(answer["answerable"] for answer in qa(asked, return_answerable=True))
+    threshold = math.log(sure / (1 - sure))  # of the half
+    request = {"handle_impossible_answer": True, "return_answerable": True, "no_answer_threshold": threshold}
+    expected = [qa(each, **request) for each in asked]
+    assert 2 < sum(answer["answer"] == "" for answer in expected) < 38
+    for output_format in (".jsonl", ".parquet"):
+        output = tmp_path / f"out{output_format}"
+        assert predict(a_job(path, output_format, tiny, **request), output)["answers"] == 40
+        answers = read_output(output)
+        assert list(answers[0]) == ["id", "answer", "start", "end", "score", "answerable"]
+        for row, answer, alone in zip(rows, answers, expected):
+            close = {name: pytest.approx(alone[name], abs=1e-5) for name in ("score", "answerable")}
+            assert answer == {"id": row["id"], **alone, **close}
 
 
 def test_where_nothing_was_finished_another_job_begins_anew(tmp_path, small_parts, monkeypatch):
@@ -460,6 +504,7 @@ def test_bad_arguments_are_named_and_nothing_is_written(tmp_path, tiny, in_this_
         (job._replace(input=str(tmp_path / "in.txt")), "out.jsonl", 1, r"IN is '.*in.txt', expected .*\.csv"),
         (job, "out.jsonl", 0, "--workers is 0, expected at least 1"),
         (job._replace(batch_size=0), "out.jsonl", 1, "--batch_size is 0, expected at least 1"),
+        (job._replace(no_answer_threshold=math.nan), "out.jsonl", 1, "no_answer_threshold is nan, expected a number"),
     ):
         with pytest.raises(ValueError, match=message):
             predict(other, tmp_path / output, workers)
