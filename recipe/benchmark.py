@@ -1,29 +1,33 @@
-"""Speed beside the peers, in one process: `python -m recipe.benchmark --data FILE ... --output results/benchmark.json`.
+"""Speed beside the peers: `python -m recipe.benchmark --data FILE ... --output results/benchmark.json`.
 
-Every row answers the same inputs, and the rows take turns, so that what else the machine does meets all of them. Peers
-come from the same weights (recipe/peers.py). The models of the paper's table (`results/paper.json`) are configurations
-of this repository's class with random weights, which are as fast as trained ones. Nothing is padded.
+Every row answers the same inputs in one process, and the rows take turns, so that what else the machine does meets all
+of them; once more with a busy process beside each core. Peers come from the same weights (recipe/peers.py), and their
+F1 is measured on the same validation questions. Start and memory are those of a process of a row's own
+(recipe/alone.py). The models of the paper's table (`results/paper.json`) are configurations of this repository's class
+with random weights, which are as fast as trained ones. Nothing is padded.
 """
 
 import argparse
 import copy
 import json
-import re
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import onnx
+import onnxruntime
+import openvino
 import torch
 from tqdm import tqdm
 from transformers import BertConfig, BertForQuestionAnswering
@@ -32,14 +36,15 @@ from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.quantization_qualaminilm import QuantizedLinear
-from recipe.data import file_sha256, identities, load_tokenizer, read_questions
-from recipe.evaluate import ROOT
-from recipe.export import build_graph
+from recipe.data import file_sha256, identities, load_tokenizer, read_sources, with_answers
+from recipe.evaluate import ROOT, answer_all, score
+from recipe.export import build_graph, export_beside_weights
 from recipe.peers import (
     onnx_file,
     onnx_runtime_row,
     openvino_row,
-    quantize_onnx,
+    quantize_onnx_dynamic,
+    quantize_onnx_static,
     quantize_openvino,
     torch_row,
     transformers_twin,
@@ -50,6 +55,7 @@ from recipe.test_sets import refuse_test_sets
 
 BASELINE = "BERT-base, transformers, fp32"
 LENGTH = 384
+USUAL_LENGTH = 164  # the median of the test set's rows
 BATCH_SIZES = (1, 8, 32)
 PAPER_BATCH_SIZES = (1, 32)
 CALIBRATION_WINDOWS = 64
@@ -67,14 +73,16 @@ class Row:
     Args:
         run: takes a dict of int64 (batch, sequence).
         facts: what is known of it without a clock: `macs_at_384`, `size_mb`.
-        fresh: how a process of its own starts it, the arguments of `--one`; `None`: it does not.
+        alone: what starts it in a process of its own: a kind of recipe/alone.py and a path; `None`: nothing does.
         of_paper (`bool`): one of the paper's models, timed at `PAPER_BATCH_SIZES` only.
+        answers (`bool`): its answers mean something, so that their F1 does.
     """
 
     run: Callable
     facts: dict
-    fresh: tuple | None = None
+    alone: tuple | None = None
     of_paper: bool = False
+    answers: bool = True
 
 
 def paper_rows(table):
@@ -106,7 +114,7 @@ def our_rows(model, folder, threads, calibration):
     """The int8 `model`, its float twin and its peers: name -> [`Row`].
 
     Args:
-        model: the int8 model.
+        model: the int8 model, run by torch.
         folder: where the peers' graphs are kept.
         threads (`int`): of every row.
         calibration: inputs for OpenVINO's quantisation, a `list` of dicts.
@@ -115,40 +123,50 @@ def our_rows(model, folder, threads, calibration):
     floats = copy.deepcopy(model).dequantize()
     twin = transformers_twin(floats)
     twin.save_pretrained(folder / "twin")
+    stored = folder / "twin" / "model.safetensors"
     graph = onnx_file(twin, folder)
-    onnx_int8, openvino_int8 = quantize_onnx(graph), quantize_openvino(graph, calibration)
+    dynamic, static = quantize_onnx_dynamic(graph, twin.config), quantize_onnx_static(graph, calibration)
+    openvino_int8 = quantize_openvino(graph, calibration)
     full = {"macs_at_384": model.config.macs("full")}
     base = BertForQuestionAnswering(BertConfig()).eval()  # BERT-base's sizes
 
     def weighing(path):
         return full | {"size_mb": path.stat().st_size / 1e6}
 
+    half = copy.deepcopy(twin).to(torch.bfloat16)
     rows = {
-        BASELINE: Row(torch_row(base), {"size_mb": size_mb(base)}),
-        "MiniLM, transformers, fp32": Row(
-            torch_row(twin), weighing(folder / "twin" / "model.safetensors"), ("transformers", folder / "twin")
+        BASELINE: Row(torch_row(base), {"size_mb": size_mb(base)}, answers=False),
+        "MiniLM, transformers, fp32": Row(torch_row(twin), weighing(stored), ("transformers", folder / "twin")),
+        "MiniLM, transformers, bfloat16": Row(
+            torch_row(half), full | {"size_mb": size_mb(half)}, ("transformers_bf16", folder / "twin")
         ),
-        "MiniLM, ONNX Runtime, int8": Row(
-            onnx_runtime_row(onnx_int8, threads), weighing(onnx_int8), ("onnxruntime", onnx_int8)
+        "MiniLM, ONNX Runtime, dynamic int8": Row(
+            onnx_runtime_row(dynamic, threads), weighing(dynamic), ("onnx_runtime", dynamic)
+        ),
+        "MiniLM, ONNX Runtime, static int8": Row(
+            onnx_runtime_row(static, threads), weighing(static), ("onnx_runtime", static)
         ),
         "MiniLM, OpenVINO, int8": Row(
             openvino_row(openvino_int8, threads),
             weighing(openvino_int8.with_suffix(".bin")),
-            ("openvino", openvino_int8),
+            ("open_vino", openvino_int8),
         ),
         "ours, fp32, full": Row(torch_row(floats, length_config="full"), full | {"size_mb": size_mb(floats)}),
     }
     stored = folder / "int8"
     model.save_pretrained(stored)
-    for name in model.length_presets:
-        facts = weighing(stored / "model.safetensors") | {"macs_at_384": model.config.macs(name)}
-        rows[f"ours, int8, {name}"] = Row(torch_row(model, length_config=name), facts)
-    rows["ours, int8, full"].fresh = ("ours", stored)
+    export_beside_weights(stored)
+    in_graph = QuaLAMiniLMForQuestionAnswering.from_pretrained(stored, engine="onnxruntime").eval()
+    for engine, engine_model in (("torch", model), ("ONNX Runtime", in_graph)):
+        for name in model.length_presets:
+            facts = weighing(stored / "model.safetensors") | {"macs_at_384": model.config.macs(name)}
+            rows[f"ours, {engine}, int8, {name}"] = Row(torch_row(engine_model, length_config=name), facts)
+    rows["ours, torch, int8, full"].alone = ("ours_torch", stored)
+    rows["ours, ONNX Runtime, int8, full"].alone = ("ours", stored)
     for name in ("full", cheapest(model.config)):
         path = folder / f"exported-{name}.onnx"
         onnx.save(build_graph(model, name), path)
         facts = weighing(path) | {"macs_at_384": model.config.macs(name)}
-        rows[f"exported, ONNX Runtime, int8, {name}"] = Row(onnx_runtime_row(path, threads), facts)
         rows[f"exported, OpenVINO, int8, {name}"] = Row(openvino_row(path, threads), facts)
     return rows
 
@@ -189,10 +207,16 @@ class StandIn:
         return span_logits_of(self.row(inputs))
 
 
-def ask(pipeline, row, questions):
-    """Asks `questions` one at a time, `row` standing in for the pipeline's model."""
+def answering(pipeline, row):
+    """The pipeline with `row` standing in for its model."""
     asking = copy.copy(pipeline)
     asking.model = StandIn(row, pipeline.model.config)
+    return asking
+
+
+def ask(pipeline, row, questions):
+    """Asks `questions` one at a time, `row` standing in for the pipeline's model."""
+    asking = answering(pipeline, row)
     for question, context in zip(questions["question"], questions["context"]):
         asking(question=question, context=context)
 
@@ -257,50 +281,40 @@ def int8_rate(repeats=9):
     return quantized.shape[0] * 1536 * 384 / seconds
 
 
-def fresh_process(kind, path):
-    """Seconds from disk to the first answer and peak resident MB of one row, measured in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "recipe.benchmark", "--one", kind, str(path)],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        text=True,
-    )
+def alone(kind, path):
+    """Seconds from a process's start to the first answer of one row, and its peak of resident MB."""
+    script, started = Path(__file__).with_name("alone.py"), time.monotonic()
+    command = [sys.executable, "-I", str(script), kind, str(path), str(started)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     seconds, megabytes = map(float, done.stdout.split())
     return {"seconds_to_first_answer": seconds, "peak_resident_mb": megabytes}
 
 
-def one(kind, path):
-    """What [`fresh_process`] runs: prints both numbers."""
-    inputs = {
-        name: torch.ones(1, LENGTH, dtype=torch.long) for name in ("input_ids", "attention_mask", "token_type_ids")
-    }
-    started = time.perf_counter()
-    if kind == "transformers":
-        run = torch_row(BertForQuestionAnswering.from_pretrained(path))
-    elif kind == "ours":
-        run = torch_row(QuaLAMiniLMForQuestionAnswering.from_pretrained(path))
-    elif kind == "onnxruntime":
-        run = onnx_runtime_row(path, torch.get_num_threads())
-    else:
-        run = openvino_row(path, torch.get_num_threads())
-    run(inputs)
-    seconds = time.perf_counter() - started
-    # Not getrusage: its peak begins with that of the process which started this one.
-    peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    print(seconds, int(peak[1]) / 1024)
+@contextmanager
+def busy_cores():
+    """Within, a process works beside each core of this one's."""
+    work = "import os, sys\nos.sched_setaffinity(0, [int(sys.argv[1])])\nwhile True: pass"
+    busy = [subprocess.Popen([sys.executable, "-I", "-c", work, str(core)]) for core in os.sched_getaffinity(0)]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
-def measure(rows, windows, pipeline, questions, repeats):
-    """Times every row: name -> its facts, milliseconds, and speed-ups over [`BASELINE`].
+def measure(rows, windows, pipeline, questions, scored, repeats):
+    """Times every row: name -> its facts, milliseconds, speed-ups over [`BASELINE`], and F1.
 
     Args:
         rows: name -> [`Row`], the baseline among them.
         windows: dict of int64 `(32 or more, LENGTH)`, without padding.
         pipeline: asks `questions`, a table with the columns question and context, one at a time.
+        scored: a table of questions with answers.
         repeats (`int`): turns of each row; the median counts.
     """
     results = {name: dict(row.facts) for name, row in rows.items()}
+    general = {name: row for name, row in rows.items() if not row.of_paper}
 
     def time_rows(key, calls, each=1):
         medians = take_turns(calls, repeats)
@@ -308,45 +322,45 @@ def measure(rows, windows, pipeline, questions, repeats):
             results[name][f"{key}_ms"] = seconds * 1e3 / each
             results[name][f"{key}_speedup"] = medians[BASELINE] / seconds
 
+    def time_inputs(key, timed, batch, length):
+        inputs = {name: tensor[:batch, :length] for name, tensor in windows.items()}
+        time_rows(key, {name: lambda run=row.run: run(inputs) for name, row in timed.items()})
+
     for batch in tqdm(BATCH_SIZES, desc="Batch sizes"):
-        inputs = {name: tensor[:batch] for name, tensor in windows.items()}
-        timed = {
-            name: lambda run=row.run, inputs=inputs: run(inputs)
-            for name, row in rows.items()
-            if batch in PAPER_BATCH_SIZES or not row.of_paper
-        }
-        time_rows(f"batch_{batch}", timed)
-    timed = {name: lambda run=row.run: ask(pipeline, run, questions) for name, row in rows.items() if not row.of_paper}
+        time_inputs(f"batch_{batch}", rows if batch in PAPER_BATCH_SIZES else general, batch, LENGTH)
+    time_inputs("usual", general, 1, USUAL_LENGTH)
+    with busy_cores():
+        time_inputs("busy", general, 1, LENGTH)
+    timed = {name: lambda run=row.run: ask(pipeline, run, questions) for name, row in general.items()}
     time_rows("pipeline", timed, len(questions))
-    for name, row in rows.items():
-        if row.fresh:
-            results[name] |= fresh_process(*row.fresh)
+    for name, row in tqdm(general.items(), desc="Scoring", unit="row"):
+        if row.answers:
+            texts, _ = answer_all(answering(pipeline, row.run), scored, 1, None, progress=False)
+            results[name]["f1"] = score(scored, texts)["f1"]
+        if row.alone:
+            results[name] |= alone(*row.alone)
     return results
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--model", default=str(ROOT), help="folder of an int8 model (the shipped one)")
-    parser.add_argument("--data", nargs="+", help="SQuAD JSON files whose validation split is asked")
+    parser.add_argument("--data", nargs="+", required=True, help="SQuAD JSON files whose validation split is asked")
     parser.add_argument("--repeats", type=int, default=9, help="turns of each row (9)")
     parser.add_argument("--questions", type=int, default=100, help="questions asked through the pipeline (100)")
-    parser.add_argument("--output", help="JSON results file to write")
+    parser.add_argument("--scored", type=int, default=500, help="questions that every row's F1 is measured on (500)")
+    parser.add_argument("--output", required=True, help="JSON results file to write")
     parser.add_argument("--plot", default="assets/latency.png", help="picture to write (%(default)s)")
-    parser.add_argument("--one", nargs=2, metavar=("KIND", "PATH"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.one:
-        return one(*arguments.one)
-    if not (arguments.data and arguments.output):
-        parser.error("the following arguments are required: --data, --output")
     data = identities(arguments.data)
     refuse_test_sets("--data", arguments.data)
-    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model)
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, engine="torch")
     if not model.config.int8_storage:
         raise ValueError(f"--model {arguments.model} has float weights, expected int8 ones (recipe.quantize)")
     tokenizer = load_tokenizer(arguments.model)
-    questions = datasets.concatenate_datasets([read_questions(source, "validation") for source in arguments.data])
-    questions = questions.shuffle(seed=0)
+    questions = with_answers(read_sources(arguments.data, "validation")).shuffle(seed=0)
     asked = questions.select(range(min(len(questions), arguments.questions)))
+    scored = questions.select(range(min(len(questions), arguments.scored)))
     windows = real_windows(questions, tokenizer, LENGTH, max(BATCH_SIZES) + CALIBRATION_WINDOWS)
     calibration = [
         {name: tensor[-i:][:1] for name, tensor in windows.items()} for i in range(1, CALIBRATION_WINDOWS + 1)
@@ -355,9 +369,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         rows = our_rows(model, folder, torch.get_num_threads(), calibration) | paper_rows(paper)
         pipeline = QuestionAnsweringPipeline(model=model, tokenizer=tokenizer)
-        measured = measure(rows, windows, pipeline, asked, arguments.repeats)
+        measured = measure(rows, windows, pipeline, asked, scored, arguments.repeats)
         curves = {
-            name: latency_curve(rows[f"ours, int8, {name}"].run, windows, arguments.repeats)
+            name: latency_curve(rows[f"ours, torch, int8, {name}"].run, windows, arguments.repeats)
             for name in ("full", cheapest(model.config))
         }
     rate = int8_rate()
@@ -372,14 +386,16 @@ def main():
             "tokens": LENGTH,
             "batch_sizes": BATCH_SIZES,
             "repeats": arguments.repeats,
+            "usual_tokens": USUAL_LENGTH,
             "questions": len(asked),
+            "scored": len(scored),
             "rows": {name: row for name, row in measured.items() if not rows[name].of_paper},
             "paper_rows": {name: row for name, row in measured.items() if rows[name].of_paper},
             "int8_macs_a_second": rate,
             "curves": curves,
             "data": data,
             "weights_sha256": file_sha256(Path(arguments.model) / "model.safetensors"),
-            **describe_run("recipe.benchmark", matplotlib),
+            **describe_run("recipe.benchmark", matplotlib, onnxruntime, openvino),
         },
     )
     for name, row in measured.items():

@@ -10,6 +10,7 @@ import torch
 from transformers import BertForQuestionAnswering
 
 from recipe.export import transformers_config
+from recipe.results import cpu_has
 
 
 def transformers_twin(model):
@@ -49,12 +50,53 @@ def onnx_file(twin, folder):
     return path
 
 
-def quantize_onnx(path):
-    """ONNX Runtime's own int8 graph of the float one at `path`; returns its path."""
-    from onnxruntime.quantization import QuantType, quantize_dynamic
+def quantize_onnx_dynamic(path, config):
+    """ONNX Runtime's int8 graph whose activations' scales are found at each call, of the float one at `path`, fused for
+    BERT by ONNX Runtime's own optimiser; returns its path.
 
-    quantized = path.with_name("dynamic.onnx")
-    quantize_dynamic(path, quantized, weight_type=QuantType.QInt8, per_channel=True)
+    Args:
+        config: the model's.
+    """
+    from onnx import TensorProto
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    fused, quantized = path.with_name("fused.onnx"), path.with_name("dynamic.onnx")
+    optimize_model(
+        str(path), "bert", num_heads=config.num_attention_heads, hidden_size=config.hidden_size
+    ).save_model_to_file(str(fused))
+    fallback = {"DefaultTensorType": TensorProto.FLOAT}  # the fused nodes are none of ONNX's, whose types it knows
+    quantize_dynamic(fused, quantized, weight_type=QuantType.QInt8, per_channel=True, extra_options=fallback)
+    return quantized
+
+
+def quantize_onnx_static(path, calibration):
+    """ONNX Runtime's int8 graph with scales found on `calibration`, a `list` of inputs, of the float one at `path`;
+    returns its path."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self):
+            self.rest = iter(calibration)
+
+        def get_next(self):
+            inputs = next(self.rest, None)
+            return inputs and {name: tensor.numpy() for name, tensor in inputs.items()}
+
+    prepared, quantized = path.with_name("prepared.onnx"), path.with_name("static.onnx")
+    quant_pre_process(path, prepared, skip_symbolic_shape=True)
+    quantize_static(
+        prepared,
+        quantized,
+        Reader(),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+        per_channel=True,
+        reduce_range=not cpu_has("avx512_vnni", "avx_vnni"),  # else neighbouring products overflow 16 bits
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
     return quantized
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +16,14 @@ import transformers
 
 from qualaminilm.configuration_qualaminilm import write_beside_then_rename
 
+INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
+
 
 def describe_run(module, *packages):
-    """Threads, date, command and versions of the run of `python -m module`, which computed with `packages` too."""
+    """Commit, machine, date, command and versions of the run of `python -m module`, which computed with `packages`."""
     return {
+        "commit": commit(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
@@ -27,6 +32,35 @@ def describe_run(module, *packages):
             **{each.__name__: each.__version__ for each in (torch, transformers, *packages)},
         },
     }
+
+
+def commit():
+    """The commit of this clone, with a + where files that it tracks are others; `None` outside of one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return found + "+" * bool(changed)
+
+
+def processor():
+    """Its name, how many cores, and those of its instructions that int8 and bfloat16 depend on."""
+    name = cpuinfo().get("model name", platform.processor())
+    return f"{name}, {os.cpu_count()} cores, {' '.join(each for each in INSTRUCTIONS if cpu_has(each))}"
+
+
+def cpu_has(*instructions):
+    """Whether Linux says that the processor has one of these."""
+    return bool(set(cpuinfo().get("flags", "").split()) & set(instructions))
+
+
+def cpuinfo():
+    """What Linux says of the last core, by name; nothing elsewhere."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else ()
+    return dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
 
 
 def write_json(path, content):
