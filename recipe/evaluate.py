@@ -29,7 +29,7 @@ TEST_LOG = ROOT / "results" / "test-runs.jsonl"
 MAX_ANSWER_LEN = 30
 
 
-def answer_all(pipeline, questions, batch_size, length_config, progress=True):
+def answer_all(pipeline, questions, batch_size, length_config, progress=True, **parameters):
     """Answers every question, shortest first.
 
     Args:
@@ -38,6 +38,7 @@ def answer_all(pipeline, questions, batch_size, length_config, progress=True):
         batch_size: windows that pass through the model together.
         length_config: see `QuaLAMiniLMConfig.token_lengths`.
         progress: whether to show a progress bar.
+        parameters: other arguments of the pipeline; answers have up to `MAX_ANSWER_LEN` tokens unless they say.
 
     Returns:
         the answers' texts, in the order of `questions`, and the number of real tokens of every window, a `list` of
@@ -51,7 +52,7 @@ def answer_all(pipeline, questions, batch_size, length_config, progress=True):
         (examples[i] for i in order),
         batch_size=batch_size,
         length_config=length_config,
-        max_answer_len=MAX_ANSWER_LEN,
+        **{"max_answer_len": MAX_ANSWER_LEN} | parameters,
     )
     for i, answer in zip(tqdm(order, desc="Answering", unit="question", disable=not progress), answers):
         texts[i] = answer["answer"]
@@ -101,6 +102,14 @@ def main():
     parser.add_argument("--length_config", default="full", help="a preset's name, or JSON: [0.9, ...] (full)")
     parser.add_argument("--batch_size", type=int, default=16, help="windows a batch (16)")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="precision (float32)")
+    parser.add_argument(
+        "--max_answer_len", type=int, default=MAX_ANSWER_LEN, help="tokens of the longest answer (%(default)s)"
+    )
+    parser.add_argument(
+        "--handle_impossible_answer",
+        action="store_true",
+        help='let "" be an answer, and count questions that have none, as SQuAD v2.0 does',
+    )
     parser.add_argument("--output", required=True, help="JSON results file to write")
     parser.add_argument(
         "--record", action="store_true", help="also write the scores into the preset in length_configs.json"
@@ -115,9 +124,18 @@ def main():
 
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
     pipeline = QuestionAnsweringPipeline(model=model.eval(), tokenizer=load_tokenizer(arguments.model))
-    questions = with_answers(read_sources(arguments.data, arguments.split))
+    questions = read_sources(arguments.data, arguments.split)
+    if not arguments.handle_impossible_answer:
+        questions = with_answers(questions)
     started = time.perf_counter()
-    texts, lengths = answer_all(pipeline, questions, arguments.batch_size, length_config)
+    texts, lengths = answer_all(
+        pipeline,
+        questions,
+        arguments.batch_size,
+        length_config,
+        max_answer_len=arguments.max_answer_len,
+        handle_impossible_answer=arguments.handle_impossible_answer,
+    )
     seconds = time.perf_counter() - started
     scores = score(questions, texts)
 
@@ -125,7 +143,8 @@ def main():
     result = {
         **scores,
         "length_config": length_config,
-        "max_answer_len": MAX_ANSWER_LEN,
+        "max_answer_len": arguments.max_answer_len,
+        "handle_impossible_answer": arguments.handle_impossible_answer,
         "significance": config.significance,
         "macs_share_at_384": config.macs_share(length_config),
         "mean_macs_share_over_rows": sum(config.macs_share(length_config, n) for n in lengths) / len(lengths),
