@@ -23,8 +23,8 @@ class EndpointHandler:
             data (`dict`): the body of a request, as JSON gives it.
 
         Returns:
-            the pipeline's answer, a dict with score, start, end and answer; a list of them for several inputs or
-            `top_k` answers, a list of lists for both.
+            the pipeline's answer, a dict with score, start, end and answer (and, if `return_answerable` asks for it,
+            answerable); a list of them for several inputs or `top_k` answers, a list of lists for both.
 
         Raises:
             ValueError: a body of another form, or an argument that the pipeline does not take, naming it.

@@ -99,12 +99,20 @@ class Page:
             return message_html(str(error)), *("" for _ in presets)
 
     def answer(self, question, context, preset):
-        """HTML of a preset's answer, marked in its passage, and of the tokens that each layer kept."""
+        """HTML of a preset's answer, marked in its passage, or that there is none, and of the tokens that each layer
+        kept."""
         started = time.perf_counter()
-        answer = self.pipeline(question=question, context=context, length_config=preset)
+        answer = self.pipeline(
+            question=question,
+            context=context,
+            length_config=preset,
+            handle_impossible_answer=True,
+            return_answerable=True,
+        )
         milliseconds = (time.perf_counter() - started) * 1e3
-        # The score of an answer that several windows found is their sum.
-        confidence = min(answer["score"], 1.0)
+        heading, sure = "The passage does not say", f"{answer['answerable']:.0%} sure that it answers the question"
+        if answer["answer"]:
+            heading, sure = answer["answer"], f"confidence {answer['score']:.0%}, {sure}"
         place = answer["start"], answer["end"]
         length = len(self.tokenizer(question, context, verbose=False)["input_ids"])
         if length <= WINDOW:
@@ -117,8 +125,9 @@ class Page:
                 f"of one window, up to {WINDOW} tokens.</p>"
             )
         return (
-            f"<h2>{html.escape(answer['answer'])}</h2>"
-            f"<p>confidence {confidence:.0%}, {milliseconds:.0f} ms</p>" + passage_html(context, place) + layers
+            f"<h2>{html.escape(heading)}</h2><p>{sure}, {milliseconds:.0f} ms</p>"
+            + passage_html(context, place)
+            + layers
         )
 
     def build(self):
@@ -126,8 +135,8 @@ class Page:
         presets = list(self.model.config.length_presets)
         with gr.Blocks(title="QuaLA-MiniLM", analytics_enabled=False) as blocks:
             gr.Markdown(
-                "# Ask a passage\nThe answer is a slice of the passage. Two presets answer side by side: below each "
-                "answer, the passage once a layer, the tokens pale that the layer dropped."
+                "# Ask a passage\nThe answer is a slice of the passage, if it has one. Two presets answer side by side: "
+                "below each answer, the passage once a layer, the tokens pale that the layer dropped."
             )
             question = gr.Textbox(QUESTION, label="Question", elem_id="question")
             context = gr.Textbox(CONTEXT, label="Passage", lines=6, max_lines=20, elem_id="passage")

@@ -72,8 +72,20 @@ def test_a_long_passage_is_answered_without_the_layers(shown):
     alert, html = shown.compare(QUESTION, context, "full")
     assert alert == "" and texts("<mark>(.*?)</mark>", html) == ["Berlin"]
     assert "<h3>" not in html and f"Question and passage are {length} tokens" in html
-    # Two windows find it: its score is their sum.
-    assert shown.pipeline(question=QUESTION, context=context)["score"] > 1 and "confidence 100%" in html
+    (confidence,) = texts(r"confidence (\d+)%", html)
+    assert int(confidence) == round(100 * shown.pipeline(question=QUESTION, context=context)["score"])
+
+
+def test_a_passage_that_does_not_say_is_shown_as_that(shown, monkeypatch):
+    """Unmarked, the layers as ever."""
+    monkeypatch.setattr(shown.pipeline.reading, "no_answer_threshold", 1e6)
+    monkeypatch.setattr(shown.pipeline.reading, "answerable_calibration", (1.0, -1e6))
+    alert, html = shown.compare(QUESTION, CONTEXT, "full")
+    assert alert == "" and texts("<h2>(.*?)</h2>", html) == ["The passage does not say"]
+    assert texts(r"<p>(\d+% sure that it answers the question), \d+ ms</p>", html) == [
+        "0% sure that it answers the question"
+    ]
+    assert "<mark>" not in html and "confidence" not in html and html.count("<h3>") == 6
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +149,9 @@ def test_an_answer_appears_in_the_passage(page):
         passage = page.locator(f"{side} .passage").first
         expect(passage).to_have_text(CONTEXT)
         expect(passage.locator("mark")).to_have_text("Berlin")
-        expect(page.locator(side)).to_contain_text(re.compile(r"confidence \d+%, \d+ ms"))
+        expect(page.locator(side)).to_contain_text(
+            re.compile(r"confidence \d+%, \d+% sure that it answers the question, \d+ ms")
+        )
     expect(page.locator("#message")).to_be_empty()
 
 

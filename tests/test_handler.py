@@ -29,6 +29,10 @@ def test_a_request_is_answered_as_the_pipeline_does(handler):
     for parameters in ({"length_config": "fastest"}, {"top_k": 3, "max_answer_len": 4}):
         assert respond(handler, BODY | {"parameters": parameters}) == qa(**BODY["inputs"], **parameters)
     assert respond(handler, BODY)["answer"] == "Berlin"
+    sure = respond(handler, BODY | {"parameters": {"return_answerable": True}})
+    assert 0 <= sure.pop("answerable") <= 1 and sure == respond(handler, BODY)
+    none = {"handle_impossible_answer": True, "no_answer_threshold": 1e6}
+    assert respond(handler, BODY | {"parameters": none})["answer"] == ""
 
 
 def test_several_inputs_get_a_list(handler):
@@ -65,6 +69,7 @@ def test_several_inputs_get_a_list(handler):
         (BODY | {"parameters": {"question": "Who?"}}, "parameters has 'question', expected some of"),
         ({"inputs": [BODY["inputs"], {"question": "Where?", "context": " "}]}, "row 1: `context` holds no text"),
         (BODY | {"parameters": {"top_k": 0}}, "top_k parameter should be an int >= 1"),
+        (BODY | {"parameters": {"no_answer_threshold": "0"}}, "no_answer_threshold is '0', expected a number"),
         (BODY | {"parameters": {"length_config": "quick"}}, "length_config is 'quick', which is no preset"),
     ],
 )
