@@ -135,8 +135,8 @@ class Page:
         presets = list(self.model.config.length_presets)
         with gr.Blocks(title="QuaLA-MiniLM", analytics_enabled=False) as blocks:
             gr.Markdown(
-                "# Ask a passage\nThe answer is a slice of the passage, if it has one. Two presets answer side by side: "
-                "below each answer, the passage once a layer, the tokens pale that the layer dropped."
+                "# Ask a passage\nThe answer is a slice of the passage, if it has one. Two presets answer side by "
+                "side: below each answer, the passage once a layer, the tokens pale that the layer dropped."
             )
             question = gr.Textbox(QUESTION, label="Question", elem_id="question")
             context = gr.Textbox(CONTEXT, label="Passage", lines=6, max_lines=20, elem_id="passage")
