@@ -16,6 +16,7 @@ from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.quantization_qualaminilm import PAIR_LIMIT, attention_dtype, onednn_is_exact
 from recipe.data import load_tokenizer
+from recipe.results import processor
 
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
@@ -29,15 +30,13 @@ def pytest_report_header():
     """Which versions and which of the int8 paths these tests run."""
     installed = {package.metadata["Name"]: package.version for package in metadata.distributions()}
     packages = [name for name in ("torch", "transformers", "onnxruntime", "openvino") if name in installed]
-    flags = Path("/proc/cpuinfo").read_text().split() if os.path.exists("/proc/cpuinfo") else ()
-    known = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
     exact = [pair for pair in (PAIR_LIMIT, 2 * 127) if onednn_is_exact(pair)]
     limits = [
         f"{name}={os.environ[name]}" for name in ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY") if name in os.environ
     ]
     return [
         "versions: " + ", ".join(f"{name} {installed[name]}" for name in packages),
-        f"processor: {', '.join(flag for flag in known if flag in flags)} {' '.join(limits)}",
+        f"processor: {processor()} {' '.join(limits)}",
         f"int8: oneDNN's products are exact for neighbouring weights up to {max(exact, default='nothing')}, "
         f"attention is {attention_dtype(torch.device('cpu'))}",
     ]
