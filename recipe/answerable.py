@@ -1,0 +1,402 @@
+"""When a text has no answer, and how sure that is: `python -m recipe.answerable --windows FOLDER --logits FOLDER`.
+
+A text does not answer where its best evidence is below a threshold, and the evidence makes, by a logistic function, how
+sure the model is that there is an answer. One half of validation's titles, by a hash, settles both; all figures are
+measured on the other half, with the one threshold. There, documents are also put among others, so that their questions
+have many windows to be answered wrongly from.
+
+Logits are kept as they come: a run that was stopped goes on, and what another rule would give costs no model.
+"""
+
+import argparse
+import hashlib
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig, write_beside_then_rename
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
+from qualaminilm.spans_qualaminilm import WindowSpans
+from recipe.data import file_sha256, load_tokenizer
+from recipe.evaluate import ROOT, scores_by_question
+from recipe.presets import parse_length_config
+from recipe.results import describe_run, save_figure, write_json
+
+NEAR_MISSES = ("written-wiki", "written-documents")  # whose unanswerable questions are almost answered
+DOCUMENTS = "written-documents"  # what is put among others
+KINDS = ("answered", "near-miss", "off-topic")
+MOST_LOST = 0.05  # of right answers, which the threshold may turn into ""
+RIGHT = 50  # percent of F1, from which an answer is right
+SIZES = (2, 5, 8, 23)  # windows
+BINS = 15
+WINDOW, SHARED = 384, 128  # tokens of the pipeline's windows
+PART = 32  # questions, whose logits are a file
+FILL = "The weather was mild and the streets were quiet. " * 45
+SHOP = (
+    "Mr Pell keeps the shop on the quay and opens it at eight. The boats lie still, the nets are dry, and nobody is in "
+    "a hurry. Children play with a dog near the old crane. "
+) * 40
+EXAMPLES = (
+    (
+        "What does the bicycle cost?",
+        f"The bicycle costs 480 euros with lights and a lock. {FILL}A ticket for the ferry costs 12 euros. ",
+        "480 euros",
+    ),
+    (
+        "How many tablets should adults take?",
+        f"Adults should take two tablets a day. {FILL}The package holds 30 pieces. ",
+        "two",
+    ),
+    (
+        "Who keeps the lighthouse?",
+        f"{SHOP}The lighthouse is kept by Anselm Brodie, who came from Skye. {SHOP}",
+        "Anselm Brodie",
+    ),
+)
+
+
+class Asked(NamedTuple):
+    """A question put to a text.
+
+    Attributes:
+        kind (`str`): of `KINDS`.
+        fits (`bool`): whether it is of the half that settles threshold and calibration.
+        question, context (`str`); answers (`dict`): as in SQuAD.
+        place (`tuple`): the characters of `context` that are the question's document.
+    """
+
+    kind: str
+    fits: bool
+    question: str
+    context: str
+    answers: dict
+    place: tuple
+
+
+def ask(tables, count, seed):
+    """Questions of `KINDS`, a list of [`Asked`]: `count` that have an answer, drawn from all tables; half of these put
+    to a document of another title; and at most `count` that their document almost answers."""
+    rows = [
+        row | {"table": name, "fits": fits}
+        for name, table in tables.items()
+        for row, fits in zip(table, in_fitting_half(table), strict=True)
+    ]
+    draw = random.Random(seed)
+    draw.shuffle(rows)
+    answered = [row for row in rows if row["answers"]["text"]][:count]
+    near_misses = [row for row in rows if not row["answers"]["text"] and row["table"] in NEAR_MISSES][:count]
+    asked = [as_asked(kind, row) for kind, of_kind in zip(KINDS, (answered, near_misses)) for row in of_kind]
+    for row in answered[: count // 2]:
+        others = [each for each in answered if each["fits"] == row["fits"] and each["title"] != row["title"]]
+        if others:
+            elsewhere = {"context": draw.choice(others)["context"], "answers": {"text": [], "answer_start": []}}
+            asked.append(as_asked("off-topic", row | elsewhere))
+    return asked
+
+
+def as_asked(kind, row):
+    place = 0, len(row["context"])
+    return Asked(kind, row["fits"], row["question"], row["context"], row["answers"], place)
+
+
+def in_fitting_half(table):
+    """Whether each question is of the half that settles threshold and calibration, by a hash of its title; of its
+    paragraph in a table of one title."""
+    titles = table["title"][:]
+    groups = titles if len(set(titles)) > 1 else table["context"][:]
+    return [hashlib.sha256(f"answerable {group}".encode()).digest()[0] % 2 == 0 for group in groups]
+
+
+def among_others(table, count, most_windows, pipeline, seed):
+    """`count` answered questions of the measuring half, each document among so many others that there are at least
+    `most_windows` windows: a list of [`Asked`]."""
+    draw = random.Random(seed)
+    rows = [row for row, fits in zip(table, in_fitting_half(table)) if row["answers"]["text"] and not fits]
+    documents = {row["title"]: row["context"] for row in table}
+    lengths = {title: len(pipeline.reading.tokens(text).ids) for title, text in documents.items()}
+    asked = []
+    for row in draw.sample(rows, min(count, len(rows))):
+        others = [title for title in documents if title != row["title"]]
+        before, after, tokens = [], [], lengths[row["title"]]
+        for title in itertools.cycle(draw.sample(others, len(others))):
+            draw.choice((before, after)).append(documents[title])
+            tokens += lengths[title]
+            if tokens > most_windows * (WINDOW - SHARED):
+                break
+        start = sum(len(text) + 2 for text in before)
+        context = "\n\n".join([*before, row["context"], *after])
+        place = start, start + len(row["context"])
+        asked.append(Asked("answered", False, row["question"], context, row["answers"], place))
+    return asked
+
+
+def logits_of(pipeline, asked, length_config, folder):
+    """Yields the windows of each question and their logits, lists; what stands in `folder` is not computed again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for first in tqdm(range(0, len(asked), PART), desc=f"Answering at {length_config}", unit="part"):
+        part = asked[first : first + PART]
+        windows = [pipeline.preprocess(each._asdict()) for each in part]
+        flat = [window for of_text in windows for window in of_text]
+        file = folder / f"{first:06d}.npy"
+        if not file.exists():
+            # Shortest first, eight at a time.
+            order = sorted(range(len(flat)), key=lambda i: len(flat[i]))
+            found = [None] * len(flat)
+            for i in range(0, len(order), 8):
+                batch = order[i : i + 8]
+                of_batch = pipeline.forward([flat[place] for place in batch], length_config=length_config)
+                for place, logits in zip(batch, of_batch):
+                    found[place] = logits
+            unfinished = file.with_name(file.name + ".unfinished")
+            with unfinished.open("wb") as stream:
+                np.save(stream, np.concatenate(found, axis=1))
+            unfinished.replace(file)
+        ends = np.cumsum([len(window.scored()) for window in flat])
+        logits = iter(np.split(np.load(file), ends[:-1], axis=1))
+        for of_text in windows:
+            yield of_text, [next(logits) for _ in of_text]
+
+
+def best(pipeline, context, windows, logits):
+    """The answer's text and the logarithm of its evidence."""
+    evidence = max(next(WindowSpans(context, *each, 15, True).ranked(0))[0] for each in zip(windows, logits))
+    return pipeline.postprocess(context, windows, logits)["answer"], evidence
+
+
+def is_right(asked, texts):
+    """Whether each answer is right: a bool array."""
+    return scores_by_question({"answers": [each.answers for each in asked]}, texts)[0] >= RIGHT
+
+
+def threshold_of(evidence):
+    """The largest threshold, to two decimals, below which at most `MOST_LOST` of these are, those of right answers.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not len(evidence):
+        raise ValueError("no question is answered right, which a threshold is chosen by")
+    return float(np.floor(np.sort(evidence)[int(MOST_LOST * len(evidence))] * 100) / 100)
+
+
+def calibration_of(evidence, answered, steps=100):
+    """Slope and intercept of the logistic function of `evidence` that is likeliest to give `answered` (bool), to four
+    digits; by Newton's method. A prior as weak as one question in all keeps it finite where the two are separable."""
+    scale = np.abs(evidence).max()
+    features = np.stack([evidence / scale, np.ones(len(evidence))], 1)
+    weights, prior = np.zeros(2), np.eye(2) / scale**2
+    for _ in range(steps):
+        sure = 1 / (1 + np.exp(-np.clip(features @ weights, -500, 500)))
+        gradient = features.T @ (answered - sure) - prior @ weights
+        step = np.linalg.solve((features * (sure * (1 - sure))[:, None]).T @ features + prior, gradient)
+        weights += step
+        if np.abs(step).max() < 1e-9:
+            break
+    return [float(f"{weights[0] / scale:.4g}"), float(f"{weights[1]:.4g}")]
+
+
+def calibration_bins(answerable, answered):
+    """Of `BINS` bins of as many questions each, by `answerable`: its mean, the share answered, how many there are."""
+    order = np.argsort(answerable, kind="stable")
+    return [
+        {"answerable": float(answerable[bin].mean()), "answered": float(answered[bin].mean()), "questions": len(bin)}
+        for bin in np.array_split(order, BINS)
+        if len(bin)
+    ]
+
+
+def calibration_error(bins):
+    questions = sum(each["questions"] for each in bins)
+    return sum(each["questions"] * abs(each["answerable"] - each["answered"]) for each in bins) / questions
+
+
+def measured(threshold, calibration, evidence, kinds, right):
+    """What a threshold and a calibration do to questions: `kinds` of them, whether each is answered `right`."""
+    answerable = 1 / (1 + np.exp(-(calibration[0] * evidence + calibration[1])))
+    bins = calibration_bins(answerable, kinds == "answered")
+    none = evidence < threshold
+    return {
+        "questions": {kind: int((kinds == kind).sum()) for kind in KINDS},
+        "right": share(right[kinds == "answered"]),
+        "right_lost": share(none[right]),
+        "no_answer": {kind: share(none[kinds == kind]) for kind in KINDS},
+        "calibration_error": calibration_error(bins),
+        "bins": bins,
+    }
+
+
+def share(array):
+    return float(array.mean()) if len(array) else None
+
+
+def measured_among(pipeline, asked, logits, right_alone, threshold, seed):
+    """Of the questions that are right alone, how many are where their document stands among others, by the number of
+    windows. Windows that follow each other are those of the text that they make up, but for a word that is cut at its
+    start, so that one text has all sizes."""
+    draw, found = random.Random(seed), {size: [] for size in SIZES}
+    for each, alone, (windows, of_windows) in zip(asked, right_alone, logits, strict=True):
+        if not alone:
+            continue
+        start, end = each.place
+        starts = [int(window.tokens.starts[window.span.start]) for window in windows]
+        ends = [int(window.tokens.ends[window.span.stop - 1]) for window in windows]
+        mine = [i for i in range(len(windows)) if starts[i] < end and ends[i] > start]
+        for size in SIZES:
+            size_here = max(size, len(mine))
+            first = draw.randint(max(0, mine[-1] - size_here + 1), min(mine[0], len(windows) - size_here))
+            some = slice(first, first + size_here)
+            found[size].append((each, size_here, *best(pipeline, each.context, windows[some], of_windows[some])))
+    result = []
+    for asked_here, sizes, texts, evidence in (zip(*rows) for rows in found.values() if rows):
+        right = is_right(asked_here, texts)
+        result.append(
+            {
+                "windows": float(np.mean(sizes)),
+                "right": share(right),
+                "right_and_above_threshold": share(right & (np.array(evidence) >= threshold)),
+            }
+        )
+    return result
+
+
+def draw_bins(results, path):
+    """Draws how often a text answers, by how sure the model is of it."""
+    figure, axes = plt.subplots(figsize=(4.2, 4.2))
+    axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
+    for name, result in results.items():
+        points = [(each["answerable"], each["answered"]) for each in result["bins"]]
+        label = f"{name}, calibration error {result['calibration_error']:.3f}"
+        axes.plot(*zip(*points), marker="o", markersize=4, linewidth=1, label=label)
+    axes.set(xlabel="answerable", ylabel="share of texts that answer", xlim=(0, 1), ylim=(0, 1))
+    axes.legend(frameon=False, loc="upper left")
+    figure.tight_layout()
+    save_figure(figure, path, dpi=150)
+    plt.close(figure)
+
+
+def record(folder, threshold, calibration):
+    """Writes threshold and calibration into the folder's config.json.
+
+    Raises:
+        ValueError: the configuration does not accept them.
+    """
+    settled = {"no_answer_threshold": threshold, "answerable_calibration": calibration}
+    QuaLAMiniLMConfig.from_pretrained(folder, **settled)
+    path = Path(folder) / "config.json"
+    fields = json.loads(path.read_text(encoding="utf-8")) | settled
+    write_beside_then_rename(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--model", default=str(ROOT), help="folder of the model (the shipped one)")
+    parser.add_argument("--windows", type=Path, required=True, help="folder that recipe.windows wrote")
+    parser.add_argument("--logits", type=Path, required=True, help="folder to keep logits in")
+    parser.add_argument("--questions", type=int, default=2000, help="with an answer; half as many off topic (2000)")
+    parser.add_argument("--among", type=int, default=150, help="questions put to documents among others (150)")
+    parser.add_argument(
+        "--length_configs", nargs="+", default=["full", "fast"], help="presets; the first settles (full fast)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
+    parser.add_argument(
+        "--output", default=str(ROOT / "results" / "answerable.json"), help="results file to write (%(default)s)"
+    )
+    parser.add_argument(
+        "--figure", default=str(ROOT / "assets" / "answerable.png"), help="picture of the calibration (%(default)s)"
+    )
+    parser.add_argument("--record", action="store_true", help="write threshold and calibration into config.json")
+    arguments = parser.parse_args()
+    folders = sorted((arguments.windows / "validation").iterdir())
+    tables = {folder.name: datasets.load_from_disk(folder) for folder in folders}
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    pipeline = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(arguments.model))
+    weights = file_sha256(Path(arguments.model) / "model.safetensors")
+
+    asked = ask(tables, arguments.questions, arguments.seed)
+    among = among_others(tables[DOCUMENTS], arguments.among, max(SIZES), pipeline, arguments.seed)
+    alone = [as_alone(each) for each in among]
+    kinds, fits = np.array([each.kind for each in asked]), np.array([each.fits for each in asked])
+    results, fitted = {}, None
+    for name in arguments.length_configs:
+        length_config = parse_length_config(name)
+
+        def logits(of, what, length_config=length_config):
+            identity = repr((weights, length_config, [each[2:4] for each in of]))
+            known_by = hashlib.sha256(identity.encode()).hexdigest()[:16]
+            return logits_of(pipeline, of, length_config, arguments.logits / f"{what}-{known_by}")
+
+        texts, evidence = zip(*(best(pipeline, each.context, *of) for each, of in zip(asked, logits(asked, "asked"))))
+        evidence, right = np.array(evidence), (kinds == "answered") & is_right(asked, texts)
+        own = {
+            "no_answer_threshold": threshold_of(evidence[fits & right]),
+            "answerable_calibration": calibration_of(evidence[fits], (kinds == "answered")[fits]),
+        }
+        fitted = fitted or own
+        threshold, calibration = fitted.values()
+        measuring = evidence[~fits], kinds[~fits], right[~fits]
+        results[name] = measured(threshold, calibration, *measuring)
+        results[name]["by_its_own"] = own | measured(*own.values(), *measuring)
+        del results[name]["by_its_own"]["bins"]
+        texts = [best(pipeline, each.context, *of)[0] for each, of in zip(alone, logits(alone, "alone"))]
+        right_alone = is_right(alone, texts)
+        results[name]["among_others"] = {
+            "questions": len(alone),
+            "right_alone": int(right_alone.sum()),
+            "sizes": measured_among(pipeline, among, logits(among, "among"), right_alone, threshold, arguments.seed),
+        }
+        results[name]["examples"] = [
+            {"question": question, "expected": expected}
+            | pipeline(question=question, context=context, length_config=length_config)
+            for question, context, expected in EXAMPLES
+        ]
+        print(summary(name, results[name]))
+    write_json(
+        arguments.output,
+        {
+            **fitted,
+            "length_configs": results,
+            "right_from_f1": RIGHT,
+            "weights_sha256": weights,
+            **describe_run("recipe.answerable", matplotlib, datasets),
+        },
+    )
+    draw_bins(results, arguments.figure)
+    print(f"Wrote {arguments.output} and {arguments.figure}")
+    if arguments.record:
+        record(arguments.model, *fitted.values())
+        print(f"Wrote {fitted} into config.json of {arguments.model}")
+
+
+def as_alone(asked):
+    """The question put to its document alone."""
+    start, end = asked.place
+    return asked._replace(context=asked.context[start:end], place=(0, end - start))
+
+
+def summary(name, result):
+    none, among = result["no_answer"], result["among_others"]
+    lines = [
+        f"{name}: right {result['right']:.1%}, of which {result['right_lost']:.1%} are lost; no answer to "
+        f"{none['near-miss']:.1%} of near-miss and {none['off-topic']:.1%} of off-topic questions; calibration error "
+        f"{result['calibration_error']:.3f}",
+        *(
+            f"  at {size['windows']:.1f} windows {size['right']:.1%} of {among['right_alone']} that are right alone"
+            for size in among["sizes"]
+        ),
+        *(f"  {each['question']} {each['answer']!r}, expected {each['expected']!r}" for each in result["examples"]),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

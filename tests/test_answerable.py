@@ -1,0 +1,166 @@
+import json
+import random
+import sys
+
+import datasets
+import numpy as np
+import pytest
+import torch
+
+from conftest import ROOT, tiny_config, trains
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
+from recipe import answerable
+from recipe.data import load_tokenizer
+
+pytestmark = trains
+WORDS = "Ann Bob lives lived in near Berlin Paris Oslo , . the old".split()  # a token each
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Of a model that is random, and sure of itself."""
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    model = QuaLAMiniLMForQuestionAnswering(
+        tiny_config(vocab_size=30522, num_hidden_layers=1, max_position_embeddings=512)
+    )
+    torch.nn.init.normal_(model.bert.embeddings.word_embeddings.weight)
+    model.save_pretrained(path)
+    load_tokenizer(ROOT).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tables():
+    draw, result = random.Random(0), {}
+    for name in ("afriqa-en", *answerable.NEAR_MISSES):
+        rows = []
+        for title in range(12):
+            context = " ".join(draw.choices(WORDS, k=120))
+            for number in range(4):
+                start = draw.choice([i for i in range(len(context)) if context.startswith("lives", i)])
+                answers = {"text": ["lives"], "answer_start": [start]}
+                if number == 3 and name in answerable.NEAR_MISSES:
+                    answers = {"text": [], "answer_start": []}
+                question = f"Who {number} lives in {name} {title}?"
+                rows.append(
+                    {"id": str(number), "title": f"{title}", "question": question, "context": context}
+                    | {"answers": answers}
+                )
+        result[name] = datasets.Dataset.from_list(rows)
+    return result
+
+
+@pytest.mark.parametrize("count", [1, 19, 20, 21, 150])
+def test_the_threshold_loses_one_in_twenty_and_no_more(count):
+    evidence = np.random.default_rng(count).normal(3, 9, count)
+    threshold = answerable.threshold_of(evidence)
+    assert (evidence < threshold).sum() <= 0.05 * count < (evidence < threshold + 0.01).sum() + 1
+    assert threshold == round(threshold, 2)
+
+
+def test_the_calibration_is_the_likeliest():
+    draw = np.random.default_rng(0)
+    evidence = draw.normal(5, 10, 4000)
+    answered = draw.random(4000) < 1 / (1 + np.exp(-(0.31 * evidence - 1.2)))
+    slope, intercept = answerable.calibration_of(evidence, answered)
+    assert (slope, intercept) == pytest.approx((0.31, -1.2), abs=0.1)
+
+    def likelihood(slope, intercept):
+        return -np.logaddexp(0, np.where(answered, -1, 1) * (slope * evidence + intercept)).sum()
+
+    best = likelihood(slope, intercept)
+    assert all(
+        best > likelihood(slope + change, intercept + other)
+        for change, other in [(0.01, 0), (-0.01, 0), (0, 0.05), (0, -0.05)]
+    )
+    sure = 1 / (1 + np.exp(-(slope * evidence + intercept)))
+    assert answerable.calibration_error(answerable.calibration_bins(sure, answered)) < 0.03
+    # Where a threshold parts them, the likeliest slope is infinite.
+    slope, intercept = answerable.calibration_of(evidence, evidence > 2)
+    assert 1 < slope < 1e6 and abs(intercept) < 1e6
+
+
+def test_the_calibration_error_of_bins_by_hand():
+    sure = np.repeat([0.1, 0.9], 15)
+    answered = np.array([False] * 15 + [True] * 12 + [False] * 3)
+    bins = answerable.calibration_bins(sure, answered)
+    assert [each["questions"] for each in bins] == [2] * 15
+    expected = [abs(s - a) for s, a in zip(sure.reshape(15, 2).mean(1), answered.reshape(15, 2).mean(1))]
+    assert answerable.calibration_error(bins) == pytest.approx(np.mean(expected))
+
+
+def test_titles_are_of_one_half_and_both_halves_are_measured_apart(tables):
+    asked = answerable.ask(tables, 60, seed=1)
+    by_kind = {kind: [each for each in asked if each.kind == kind] for kind in answerable.KINDS}
+    assert {kind: len(each) for kind, each in by_kind.items()} == {"answered": 60, "near-miss": 24, "off-topic": 30}
+    assert all(each.answers["text"] for each in by_kind["answered"])
+    assert not any(each.answers["text"] for kind in ("near-miss", "off-topic") for each in by_kind[kind])
+    halves = {}
+    for each in asked:
+        halves.setdefault(each.context, set()).add(each.fits)
+    assert all(len(half) == 1 for half in halves.values())
+    assert {True, False} == {each.fits for each in by_kind["near-miss"]}
+    answered = {(each.question, each.context) for each in by_kind["answered"]}
+    assert not any((each.question, each.context) in answered for each in by_kind["off-topic"])
+    alone = datasets.Dataset.from_list([{"title": "one", "context": str(i)} for i in range(200)])
+    assert 60 < sum(answerable.in_fitting_half(alone)) < 140
+
+
+def test_windows_in_a_row_are_those_of_the_text_that_they_make_up(folder, tables):
+    """Where they begin with a word; what lets one text stand for the shorter ones in it."""
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(folder)
+    qa = QuestionAnsweringPipeline(model=model.eval(), tokenizer=load_tokenizer(folder))
+    asked = answerable.among_others(tables["written-documents"], 5, 23, qa, seed=0)
+    assert len(asked) == 5
+    for each in asked:
+        start, end = each.place
+        assert each.context[start:end] in tables["written-documents"]["context"] and not each.fits
+        windows = qa.preprocess(each._asdict())
+        assert 23 <= len(windows) <= 30
+        tokens = windows[0].tokens
+        some = windows[3:7]
+        first, last = tokens.starts[some[0].span.start], tokens.ends[some[-1].span.stop - 1]
+        again = qa.preprocess({"question": each.question, "context": each.context[first:last]})
+        for window, other in zip(some, again, strict=True):
+            assert window.model_inputs()["input_ids"].tolist() == other.model_inputs()["input_ids"].tolist()
+
+
+def test_a_run_settles_measures_draws_and_records_and_goes_on_from_kept_logits(tmp_path, folder, tables, monkeypatch):
+    for name, table in tables.items():
+        table.save_to_disk(tmp_path / "windows" / "validation" / name)
+    arguments = ["recipe.answerable", "--model", str(folder), "--windows", str(tmp_path / "windows")]
+    arguments += ["--questions", "40", "--among", "2", "--length_configs", "full", "[0.5]"]
+    arguments += ["--output", str(tmp_path / "out.json"), "--figure", str(tmp_path / "out.png")]
+    arguments += ["--logits", str(tmp_path / "logits")]
+    monkeypatch.setattr(answerable, "EXAMPLES", [("Who?", "Ann lives in Berlin.", "Ann")])
+    monkeypatch.setattr(answerable, "RIGHT", 0)
+    monkeypatch.setattr(answerable, "calibration_of", lambda *_: [0.5, -1.0])  # a random model's may fall
+    before = (folder / "config.json").read_text()
+    monkeypatch.setattr(sys, "argv", arguments)
+    answerable.main()
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert (folder / "config.json").read_text() == before and (tmp_path / "out.png").stat().st_size > 1000
+    assert set(found["length_configs"]) == {"full", "[0.5]"}
+    full = found["length_configs"]["full"]
+    assert full["by_its_own"]["no_answer_threshold"] == found["no_answer_threshold"]
+    assert len(full["bins"]) <= 15 and sum(full["questions"].values()) == sum(e["questions"] for e in full["bins"])
+    for size in full["among_others"]["sizes"]:
+        assert 0 <= size["right_and_above_threshold"] <= size["right"] <= 1
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(answerable, "EXAMPLES", [])
+    monkeypatch.setattr(QuestionAnsweringPipeline, "forward", refuse)
+    monkeypatch.setattr(sys, "argv", [*arguments, "--record"])
+    answerable.main()
+    again = json.loads((tmp_path / "out.json").read_text())
+    assert {name: again[name] for name in ("no_answer_threshold", "answerable_calibration")} == {
+        name: found[name] for name in ("no_answer_threshold", "answerable_calibration")
+    }
+    config = QuaLAMiniLMConfig.from_pretrained(folder)
+    assert config.no_answer_threshold == found["no_answer_threshold"]
+    assert config.answerable_calibration == found["answerable_calibration"]
