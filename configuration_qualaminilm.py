@@ -43,7 +43,7 @@ require_versions(torch=installed("torch"), transformers=transformers.__version__
 
 WEIGHTS_PATTERN = "model*.safetensors"
 GRAPH_FILE = "onnx/model_int8.onnx"
-ROOMS = ("length_configs", "configuration", "modeling", "quantization", "spans", "reading", "pipeline")
+ROOMS = ("length_configs", "configuration", "modeling", "quantization", "engine", "spans", "reading", "pipeline")
 CODE_FILES = tuple(f"{room}_qualaminilm.py" for room in ROOMS)
 # Repository -> texts of its code by file name: see `keep_code`.
 KEPT_CODE = {}
@@ -254,7 +254,7 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         }
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         keep_code(pretrained_model_name_or_path, **{name: where[name] for name in where if name != "subfolder"})
-        path = _stored_file(pretrained_model_name_or_path, PRESETS_FILE, **where)
+        path = stored_file(pretrained_model_name_or_path, PRESETS_FILE, **where)
         if path is not None:
             config_dict["length_presets"] = read_presets(path, config_dict.get("num_hidden_layers"))
         return config_dict, kwargs
@@ -355,7 +355,7 @@ def keep_code(repository, **where):
     for name in CODE_FILES:
         if os.path.isdir(repository) or not _beside(name).is_file():
             try:
-                path = _stored_file(repository, name, **where)
+                path = stored_file(repository, name, **where)
             except OSError:  # no network, and it was never asked for: that is no reason not to load
                 continue
             if path is not None:
@@ -379,7 +379,7 @@ def check_weights(repository, **where):
     if repository is None:  # weights that were given, not read
         return
     try:
-        path = _stored_file(repository, CONFIG_NAME, local_files_only=True, **where)
+        path = stored_file(repository, CONFIG_NAME, local_files_only=True, **where)
         checksums = path and json.loads(Path(path).read_text(encoding="utf-8")).get("weights_sha256")
     except (AttributeError, OSError, RecursionError, ValueError):  # loading has complained of it already
         return
@@ -399,6 +399,14 @@ def check_weights(repository, **where):
 def weights_sha256(folder):
     """SHA-256 of each safetensors file of weights in `folder`, a `dict` of `str` by file name."""
     return {each.name: file_sha256(each) for each in sorted(Path(folder).glob(WEIGHTS_PATTERN))}
+
+
+def holds_weights(folder, checksums):
+    """Whether files of weights stand in `folder` that have the `checksums`, an object of SHA-256 by file name."""
+    if not (checksums and isinstance(checksums, dict) and all(map(is_plain_name, checksums))):
+        return False
+    files = {Path(folder, name): checksum for name, checksum in checksums.items()}
+    return all(file.is_file() and _sha256_known(file) == checksum for file, checksum in files.items())
 
 
 def _sha256_known(path):
@@ -422,10 +430,10 @@ def file_sha256(path):
     return digest.hexdigest()
 
 
-def _stored_file(repository, name, **where):
+def stored_file(repository, name, **where):
     """Path of the file `name` of a repository, or beside the file `repository`; `None` where there is none."""
     if os.path.isfile(repository):
-        beside = Path(repository).with_name(name)
+        beside = Path(repository).parent / name
         return beside if beside.is_file() else None
     return cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **where)
 

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_qualaminilm import QuaLAMiniLMConfig, check_weights, require
+from .engine_qualaminilm import ENGINES, find_engine
 from .quantization_qualaminilm import (
     Int8Weight,
     QuantizedEmbedding,
@@ -596,6 +597,7 @@ class QuaLAMiniLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
+    engine = None  # a `GraphEngine`: what answers calls for logits alone where torch does not
     _no_split_modules = ["QuaLAMiniLMEmbeddings", "QuaLAMiniLMLayer"]
 
     def _init_weights(self, module):
@@ -629,7 +631,7 @@ class QuaLAMiniLMPreTrainedModel(PreTrainedModel):
         return loaded
 
     def save_pretrained(self, save_directory, is_main_process=True, *args, **kwargs):
-        """As in [`PreTrainedModel`]; also writes the weights' checksums into `config.json`, once they stand.
+        """As in [`PreTrainedModel`]; also writes what belongs beside the weights.
 
         Raises:
             FileNotFoundError: see [`QuaLAMiniLMConfig.code`].
@@ -637,11 +639,17 @@ class QuaLAMiniLMPreTrainedModel(PreTrainedModel):
         self.config.code()
         super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if is_main_process:
-            self.config.write_checksums(save_directory)
+            self._complete(save_directory)
+
+    def _complete(self, folder):
+        """Writes what belongs beside the weights in `folder`: their checksums, and the graph that was made of them."""
+        self.config.write_checksums(folder)
+        if self.engine is not None:
+            self.engine.save(folder)
 
     def _upload_modified_files(self, working_dir, *args, **kwargs):
-        """As in transformers, whose `save_pretrained` asks for it before ours has written the checksums."""
-        self.config.write_checksums(working_dir)
+        """As in transformers, whose `save_pretrained` asks for it before ours has completed the folder."""
+        self._complete(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def dequantize(self, dtype=None):
@@ -807,6 +815,27 @@ def real_tokens(attention_mask, shape):
 class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
     """The encoder with a span head, which sees every token, dropped ones as they were restored."""
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, engine="auto", **kwargs):
+        """As in [`PreTrainedModel`].
+
+        Args:
+            engine (`str`): what runs int8 weights on a CPU. `"auto"`, ONNX Runtime where it is installed and the graph
+                made of these weights stands beside them, in a call for logits alone, without gradients, hooks and
+                changes to the loaded model; torch otherwise. `"torch"`. `"onnxruntime"`, as `"auto"`, but that it must
+                be possible.
+
+        Raises:
+            ValueError: see above, or `engine` is none of these, or is `"onnxruntime"` and there is no such graph.
+        """
+        require("engine", engine, engine in ENGINES, f"one of {ENGINES}")
+        names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+        where = {name: kwargs[name] for name in names if kwargs.get(name) is not None}
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.engine = find_engine(engine, model, pretrained_model_name_or_path, **where)
+        return loaded
+
     def __init__(self, config):
         super().__init__(config)
         self.bert = QuaLAMiniLMModel(config)
@@ -836,6 +865,12 @@ class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
         The other arguments, what is raised and what is returned: see [`QuaLAMiniLMModel.forward`] and
         [`QuaLAMiniLMQuestionAnsweringOutput`].
         """
+        if self.engine is not None and not torch.compiler.is_compiling():
+            others = position_ids, inputs_embeds, start_positions, end_positions
+            others += output_attentions, output_hidden_states, output_kept_tokens
+            logits = self.engine(self, input_ids, attention_mask, token_type_ids, length_config, others)
+            if logits is not None:
+                return QuaLAMiniLMQuestionAnsweringOutput(start_logits=logits[0], end_logits=logits[1])
         outputs = self.bert(
             input_ids,
             attention_mask,

@@ -1,0 +1,285 @@
+"""The exported graph in ONNX Runtime, which answers in the place of the int8 layers that it was made from.
+
+On a CPU it is faster than torch where one question is asked, on a busy machine by a factor, and it has kernels for
+processors that torch's int8 products do not know. Where it cannot stand for the model, the model runs in torch.
+"""
+
+import ctypes
+import json
+import operator
+import os
+import shutil
+import weakref
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from transformers.utils import logging
+
+from .configuration_qualaminilm import GRAPH_FILE, holds_weights, stored_file
+
+logger = logging.get_logger(__name__)
+
+ENGINES = ("auto", "torch", "onnxruntime")
+AT_ONCE = 16 * 384  # tokens of a call, padding included: attention maps of more take memory, and no less time a token
+MOST = 2**24  # tokens that an entry of the graph's length_config may count
+
+
+# Sessions of this process, which destroys one by waiting for its threads.
+LIVE = weakref.WeakSet()
+
+
+def abandon_sessions():
+    """In a forked child, which has none of these threads and would wait for ever: keeps the sessions to its end."""
+    for session in LIVE:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+    LIVE.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=abandon_sessions)
+
+
+class Unusable(Exception):
+    """Why a graph cannot stand for a model; `surprising` where whoever put it there believes that it does."""
+
+    def __init__(self, why, surprising=False):
+        super().__init__(why)
+        self.surprising = surprising
+
+
+def find_engine(engine, model, repository, **where):
+    """The [`GraphEngine`] of a model that was just loaded; `None`: it runs in torch.
+
+    Args:
+        engine (`str`): one of `ENGINES`.
+        repository (`str`, path or `None`): what the model was loaded from. `where` are `cached_file`'s arguments.
+
+    Raises:
+        ValueError: `engine` is `"onnxruntime"`, and the graph cannot be used; it says why.
+    """
+    if engine == "torch":
+        return None
+    try:
+        return GraphEngine(model, find_graph(model, repository, where))
+    except Unusable as why:
+        if engine == "onnxruntime":
+            raise ValueError(f"engine is 'onnxruntime', but {why}") from None
+        if why.surprising:
+            logger.warning_once(f"{why}; the model runs in torch")
+        return None
+
+
+def find_graph(model, repository, where):
+    """Path of the graph beside the weights of a repository, which is asked for it only if it could be used."""
+    if not model.config.int8_storage:
+        raise Unusable("the weights are floats: its graph is made of int8 weights")
+    import_onnxruntime()
+    path = None
+    if repository is not None:
+        commit = getattr(model.config, "_commit_hash", None)
+        try:
+            path = stored_file(repository, GRAPH_FILE, **(where | ({"revision": commit} if commit else {})))
+        except OSError:  # no network, and it was never asked for
+            path = None
+    if path is None:
+        raise Unusable(
+            f"{repository} has no {GRAPH_FILE}, or none that can be had now; python -m recipe.export --model FOLDER "
+            f"writes it"
+        )
+    return Path(path)
+
+
+def import_onnxruntime():
+    # From 1.29 on it tells its maker of each model that it reads, by a thread that a forked child waits for at its end.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise Unusable(f"onnxruntime cannot be imported: {error}") from None
+    return onnxruntime
+
+
+class GraphEngine:
+    """A graph on a CPU, while the model is the one that it was made from.
+
+    Sessions, which neither copies nor pickles nor forked processes can use, are made where they are missing.
+
+    Args:
+        model ([`QuaLAMiniLMForQuestionAnswering`]): as it was loaded, on a CPU.
+        path (`Path`): of the graph, in a folder beside the weights.
+
+    Raises:
+        Unusable: the graph was made from other weights, or the model has not those of the files.
+    """
+
+    def __init__(self, model, path):
+        self.path = str(path)
+        self.sessions = {}  # by process and number of threads
+        self.made_from = None
+        self.made_from = metadata(self._session())
+        folder = path.parent.parent
+        try:
+            weights = json.loads(self.made_from.get("weights_sha256", ""))
+        except ValueError:
+            weights = None
+        if not holds_weights(folder, weights):
+            raise Unusable(f"{path} was made from other weights than those beside it", surprising=True)
+        if self.made_from.get("architecture_sha256") != model.config.sha256_of_architecture():
+            raise Unusable(f"{path} is of another architecture than the model")
+        self.modules = [*model.modules()]
+        self.rooms = [room for each in self.modules for room in (each._modules, each._parameters, each._buffers)]
+        self.held = [*chain.from_iterable(map(dict.values, self.rooms))]
+        self.tensors = [each for each in self.held if isinstance(each, torch.Tensor)]
+        self.parameters = [*model.parameters()]
+        if not is_loaded_from(model, [folder / name for name in weights]):
+            raise Unusable(f"the model's weights are not, to the last bit, those of {folder}")
+        self.state = self._first_state()  # `None`: the graph stands for the model no more
+
+    def __call__(self, model, input_ids, attention_mask, token_type_ids, length_config, others):
+        """start_logits and end_logits of `model`, float32 (batch, sequence), as its `forward` returns them; `None`: it
+        has to compute them itself, or to say what is wrong. `others` are what else `forward` was given."""
+        if any(not (each is None or each is False) for each in others) or not self._stands_for(model):
+            return None
+        inputs = graph_inputs(model, input_ids, attention_mask, token_type_ids)
+        if inputs is None:
+            return None
+        lengths = model.config.token_lengths(length_config)
+        entries = np.array([min(each, MOST) for each in lengths.entries], np.float32)
+        entries = entries / 1000 if lengths.relative else entries
+        try:
+            session = self._session()
+        except Unusable as why:
+            logger.warning_once(f"{why}; the model runs in torch")
+            self.state = None
+            return None
+        rows, parts = max(1, AT_ONCE // input_ids.shape[1]), []
+        for start in range(0, len(input_ids), rows):
+            part = {name: tensor[start : start + rows].numpy() for name, tensor in inputs.items()}
+            parts.append(session.run(None, part | {"length_config": entries}))
+        return [torch.from_numpy(np.concatenate(each)) for each in zip(*parts)]
+
+    def _stands_for(self, model):
+        """Whether a call of `model` now computes what it did when it was loaded, by its own code, and nobody asks what
+        happens within."""
+        if self.state is None or model is not self.modules[0]:
+            return False
+        if torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+            return False
+        if model.config.output_attentions or model.config.output_hidden_states:
+            return False
+        if any(
+            each.training or each._forward_hooks or each._forward_pre_hooks or "forward" in each.__dict__
+            for each in self.modules
+        ):
+            return False
+        if torch.is_grad_enabled() and any(each.requires_grad for each in self.parameters):
+            return False
+        return self._is_intact()
+
+    def _is_intact(self):
+        now = [*chain.from_iterable(map(dict.values, self.rooms))]
+        return len(now) == len(self.held) and all(map(operator.is_, now, self.held)) and self._state() == self.state
+
+    def _first_state(self):
+        """`None` where torch keeps no count, as of tensors made in inference mode."""
+        return None if any(each.is_inference() for each in self.tensors) else self._state()
+
+    def _state(self):
+        """What tells later whether the tensors hold other numbers, as far as torch keeps count of it."""
+        # Moving or casting a module puts another tensor in a buffer's place, but other numbers into a parameter.
+        kinds = [(each.dtype, each.device) for each in self.parameters]
+        return [each._version for each in self.tensors], kinds
+
+    def _session(self):
+        """This process's session, of as many threads as torch has now."""
+        threads = torch.get_num_threads()
+        key = os.getpid(), threads
+        if key not in self.sessions:
+            onnxruntime = import_onnxruntime()
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            # Threads that spin until the next call take the processor from all others, torch's own among them.
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+            options.log_severity_level = 3  # else it warns that an input has a default
+            try:
+                session = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
+            except Exception as error:  # of its own kinds, which it does not name
+                raise Unusable(f"{self.path} cannot be read: {error}", surprising=True) from None
+            if self.made_from is not None and metadata(session) != self.made_from:
+                raise Unusable(f"{self.path} is another graph than when the model was loaded", surprising=True)
+            LIVE.add(session)
+            self.sessions[key] = session
+        return self.sessions[key]
+
+    def save(self, folder):
+        """Copies the graph beside the weights that were saved in `folder`, if they are those that it was made from."""
+        path = Path(folder, GRAPH_FILE)
+        beside = holds_weights(folder, json.loads(self.made_from["weights_sha256"]))
+        if beside and os.path.isfile(self.path) and not (path.exists() and path.samefile(self.path)):
+            path.parent.mkdir(exist_ok=True)
+            unfinished = path.with_name(path.name + ".unfinished")
+            shutil.copyfile(self.path, unfinished)
+            os.replace(unfinished, path)
+
+    def __getstate__(self):
+        return self.__dict__ | {"sessions": {}, "state": self.state is not None and self._is_intact()}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        # The copy's own; what was changed before stays changed.
+        self.state = self._first_state() if self.state else None
+
+
+def metadata(session):
+    return session.get_modelmeta().custom_metadata_map
+
+
+def is_loaded_from(model, files):
+    """Whether the model's tensors are those of the safetensors `files`, on a CPU, floats as float32."""
+    held = model.state_dict()
+    for file in files:
+        with safe_open(file, "pt") as stored:
+            for name in stored.keys():  # noqa: SIM118  it is no dict
+                tensor = held.pop(name, None)
+                if tensor is None or tensor.device.type != "cpu":
+                    return False
+                if tensor.is_floating_point() and tensor.dtype != torch.float32:
+                    return False
+                if not torch.equal(tensor, stored.get_tensor(name).to(tensor.dtype)):
+                    return False
+    return not held
+
+
+def graph_inputs(model, input_ids, attention_mask, token_type_ids):
+    """What the graph takes, int64 (batch, sequence) by name; `None` where the model would raise, or nothing is to be
+    computed."""
+    given = [each for each in (input_ids, attention_mask, token_type_ids) if each is not None]
+    if any(type(each) is not torch.Tensor or each.device.type != "cpu" for each in given):
+        return None
+    if input_ids is None or input_ids.ndim != 2 or not input_ids.numel():
+        return None
+    shape, length = input_ids.shape, input_ids.shape[1]
+    embeddings = model.bert.embeddings
+    if length > embeddings.position_embeddings.num_embeddings - embeddings.first_position:
+        return None
+    if attention_mask is None:
+        attention_mask = torch.ones(shape, dtype=torch.int64, device="cpu")
+    if token_type_ids is None:
+        token_type_ids = torch.zeros(shape, dtype=torch.int64, device="cpu")
+    if attention_mask.shape != shape or token_type_ids.shape not in (shape, (1, length)):
+        return None
+    # RoBERTa's graph knows one type alone.
+    types = 1 if embeddings.roberta else embeddings.token_type_embeddings.num_embeddings
+    for ids, number in ((input_ids, embeddings.word_embeddings.num_embeddings), (token_type_ids, types)):
+        if ids.dtype not in (torch.int64, torch.int32):
+            return None
+        least, greatest = ids.aminmax()
+        if least < 0 or greatest >= number:
+            return None
+    inputs = {"input_ids": input_ids.long(), "attention_mask": (attention_mask != 0).long()}
+    if not embeddings.roberta:
+        inputs["token_type_ids"] = token_type_ids.long().expand(shape)
+    return inputs
