@@ -557,8 +557,15 @@ print("answered")
 @once
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes fork here")
 def test_forked_processes_answer_and_end(folder):
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     done = subprocess.run(
-        [sys.executable, "-c", FORKS, folder], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", FORKS, folder],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert done.stdout.split() == ["answered"], done.stderr
 
