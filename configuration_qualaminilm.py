@@ -42,8 +42,17 @@ def installed(package):
 require_versions(torch=installed("torch"), transformers=transformers.__version__)
 
 WEIGHTS_PATTERN = "model*.safetensors"
-GRAPH_FILE = "onnx/model_int8.onnx"
-ROOMS = ("length_configs", "configuration", "modeling", "quantization", "engine", "spans", "reading", "pipeline")
+ROOMS = (
+    "length_configs",
+    "configuration",
+    "modeling",
+    "quantization",
+    "graph",
+    "engine",
+    "spans",
+    "reading",
+    "pipeline",
+)
 CODE_FILES = tuple(f"{room}_qualaminilm.py" for room in ROOMS)
 # Repository -> texts of its code by file name: see `keep_code`.
 KEPT_CODE = {}

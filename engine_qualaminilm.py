@@ -4,50 +4,23 @@ On a CPU it is faster than torch where one question is asked, on a busy machine 
 processors that torch's int8 products do not know. Where it cannot stand for the model, the model runs in torch.
 """
 
-import ctypes
 import json
 import operator
 import os
 import shutil
-import weakref
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from transformers.utils import logging
 
-from .configuration_qualaminilm import GRAPH_FILE, holds_weights, stored_file
+from .configuration_qualaminilm import holds_weights, stored_file
+from .graph_qualaminilm import GRAPH_FILE, Graph, Unusable, import_onnxruntime
 
 logger = logging.get_logger(__name__)
 
 ENGINES = ("auto", "torch", "onnxruntime")
-AT_ONCE = 16 * 384  # tokens of a call, padding included: attention maps of more take memory, and no less time a token
-MOST = 2**24  # tokens that an entry of the graph's length_config may count
-
-
-# Sessions of this process, which destroys one by waiting for its threads.
-LIVE = weakref.WeakSet()
-
-
-def abandon_sessions():
-    """In a forked child, which has none of these threads and would wait for ever: keeps the sessions to its end."""
-    for session in LIVE:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
-    LIVE.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=abandon_sessions)
-
-
-class Unusable(Exception):
-    """Why a graph cannot stand for a model; `surprising` where whoever put it there believes that it does."""
-
-    def __init__(self, why, surprising=False):
-        super().__init__(why)
-        self.surprising = surprising
 
 
 def find_engine(engine, model, repository, **where):
@@ -92,20 +65,8 @@ def find_graph(model, repository, where):
     return Path(path)
 
 
-def import_onnxruntime():
-    # From 1.29 on it tells its maker of each model that it reads, by a thread that a forked child waits for at its end.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise Unusable(f"onnxruntime cannot be imported: {error}") from None
-    return onnxruntime
-
-
 class GraphEngine:
     """A graph on a CPU, while the model is the one that it was made from.
-
-    Sessions, which neither copies nor pickles nor forked processes can use, are made where they are missing.
 
     Args:
         model ([`QuaLAMiniLMForQuestionAnswering`]): as it was loaded, on a CPU.
@@ -116,18 +77,15 @@ class GraphEngine:
     """
 
     def __init__(self, model, path):
-        self.path = str(path)
-        self.sessions = {}  # by process and number of threads
-        self.made_from = None
-        self.made_from = metadata(self._session())
+        self.graph = Graph(path, torch.get_num_threads())
         folder = path.parent.parent
         try:
-            weights = json.loads(self.made_from.get("weights_sha256", ""))
+            weights = json.loads(self.graph.metadata.get("weights_sha256", ""))
         except ValueError:
             weights = None
         if not holds_weights(folder, weights):
             raise Unusable(f"{path} was made from other weights than those beside it", surprising=True)
-        if self.made_from.get("architecture_sha256") != model.config.sha256_of_architecture():
+        if self.graph.metadata.get("architecture_sha256") != model.config.sha256_of_architecture():
             raise Unusable(f"{path} is of another architecture than the model")
         self.modules = [*model.modules()]
         self.rooms = [room for each in self.modules for room in (each._modules, each._parameters, each._buffers)]
@@ -147,19 +105,13 @@ class GraphEngine:
         if inputs is None:
             return None
         lengths = model.config.token_lengths(length_config)
-        entries = np.array([min(each, MOST) for each in lengths.entries], np.float32)
-        entries = entries / 1000 if lengths.relative else entries
         try:
-            session = self._session()
+            logits = self.graph(inputs, lengths, torch.get_num_threads())
         except Unusable as why:
             logger.warning_once(f"{why}; the model runs in torch")
             self.state = None
             return None
-        rows, parts = max(1, AT_ONCE // input_ids.shape[1]), []
-        for start in range(0, len(input_ids), rows):
-            part = {name: tensor[start : start + rows].numpy() for name, tensor in inputs.items()}
-            parts.append(session.run(None, part | {"length_config": entries}))
-        return [torch.from_numpy(np.concatenate(each)) for each in zip(*parts)]
+        return [torch.from_numpy(each) for each in logits]
 
     def _stands_for(self, model):
         """Whether a call of `model` now computes what it did when it was loaded, by its own code, and nobody asks what
@@ -193,48 +145,23 @@ class GraphEngine:
         kinds = [(each.dtype, each.device) for each in self.parameters]
         return [each._version for each in self.tensors], kinds
 
-    def _session(self):
-        """This process's session, of as many threads as torch has now."""
-        threads = torch.get_num_threads()
-        key = os.getpid(), threads
-        if key not in self.sessions:
-            onnxruntime = import_onnxruntime()
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            # Threads that spin until the next call take the processor from all others, torch's own among them.
-            options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-            options.log_severity_level = 3  # else it warns that an input has a default
-            try:
-                session = onnxruntime.InferenceSession(self.path, options, providers=["CPUExecutionProvider"])
-            except Exception as error:  # of its own kinds, which it does not name
-                raise Unusable(f"{self.path} cannot be read: {error}", surprising=True) from None
-            if self.made_from is not None and metadata(session) != self.made_from:
-                raise Unusable(f"{self.path} is another graph than when the model was loaded", surprising=True)
-            LIVE.add(session)
-            self.sessions[key] = session
-        return self.sessions[key]
-
     def save(self, folder):
         """Copies the graph beside the weights that were saved in `folder`, if they are those that it was made from."""
         path = Path(folder, GRAPH_FILE)
-        beside = holds_weights(folder, json.loads(self.made_from["weights_sha256"]))
-        if beside and os.path.isfile(self.path) and not (path.exists() and path.samefile(self.path)):
+        beside = holds_weights(folder, json.loads(self.graph.metadata["weights_sha256"]))
+        if beside and os.path.isfile(self.graph.path) and not (path.exists() and path.samefile(self.graph.path)):
             path.parent.mkdir(exist_ok=True)
             unfinished = path.with_name(path.name + ".unfinished")
-            shutil.copyfile(self.path, unfinished)
+            shutil.copyfile(self.graph.path, unfinished)
             os.replace(unfinished, path)
 
     def __getstate__(self):
-        return self.__dict__ | {"sessions": {}, "state": self.state is not None and self._is_intact()}
+        return self.__dict__ | {"state": self.state is not None and self._is_intact()}
 
     def __setstate__(self, state):
         self.__dict__.update(state)
         # The copy's own; what was changed before stays changed.
         self.state = self._first_state() if self.state else None
-
-
-def metadata(session):
-    return session.get_modelmeta().custom_metadata_map
 
 
 def is_loaded_from(model, files):
@@ -254,8 +181,8 @@ def is_loaded_from(model, files):
 
 
 def graph_inputs(model, input_ids, attention_mask, token_type_ids):
-    """What the graph takes, int64 (batch, sequence) by name; `None` where the model would raise, or nothing is to be
-    computed."""
+    """What the graph takes, int64 arrays (batch, sequence) by name; `None` where the model would raise, or nothing is
+    to be computed."""
     given = [each for each in (input_ids, attention_mask, token_type_ids) if each is not None]
     if any(type(each) is not torch.Tensor or each.device.type != "cpu" for each in given):
         return None
@@ -282,4 +209,4 @@ def graph_inputs(model, input_ids, attention_mask, token_type_ids):
     inputs = {"input_ids": input_ids.long(), "attention_mask": (attention_mask != 0).long()}
     if not embeddings.roberta:
         inputs["token_type_ids"] = token_type_ids.long().expand(shape)
-    return inputs
+    return {name: tensor.numpy() for name, tensor in inputs.items()}

@@ -24,6 +24,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .configuration_qualaminilm import QuaLAMiniLMConfig, check_weights, require
 from .engine_qualaminilm import ENGINES, find_engine
+from .graph_qualaminilm import Graph  # noqa: F401  transformers 4.57 copies a local file's own imports alone
 from .quantization_qualaminilm import (
     Int8Weight,
     QuantizedEmbedding,

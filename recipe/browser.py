@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 
-from qualaminilm.configuration_qualaminilm import GRAPH_FILE
+from qualaminilm.graph_qualaminilm import GRAPH_FILE
 from recipe.results import whole_folder
 
 ROOT = Path(__file__).resolve().parent.parent

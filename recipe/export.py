@@ -22,7 +22,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import BertConfig, RobertaConfig
 
-from qualaminilm.configuration_qualaminilm import GRAPH_FILE, weights_sha256
+from qualaminilm.configuration_qualaminilm import weights_sha256
+from qualaminilm.graph_qualaminilm import GRAPH_FILE, MOST
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.quantization_qualaminilm import PAIR_LIMIT, QuantizedEmbedding, QuantizedLinear, neighbours
 from recipe.data import load_tokenizer
@@ -33,7 +34,6 @@ from recipe.results import whole_folder
 OPSET = 17
 LOWEST = np.float32(np.finfo(np.float32).min)
 LENGTH_CONFIG = "length_config"
-MOST = 2**24  # tokens that a length_config may count, up to which float32 holds every int
 
 
 class Graph:

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering, pipeline
 
 from conftest import ROOT, once, right_padded
-from qualaminilm import engine_qualaminilm, modeling_qualaminilm
+from qualaminilm import engine_qualaminilm, graph_qualaminilm, modeling_qualaminilm
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMEncoder, QuaLAMiniLMForQuestionAnswering
 from recipe.data import load_tokenizer
 from tests.grid_steps import assert_possible
@@ -160,7 +160,7 @@ def test_inputs_as_the_layers_take_them(model, twin, change):
 
 def test_large_batches_run_in_parts(folder, model, monkeypatch):
     inputs = batch(model.config)
-    monkeypatch.setattr(engine_qualaminilm, "AT_ONCE", 2 * 31)
+    monkeypatch.setattr(graph_qualaminilm, "AT_ONCE", 2 * 31)
     by_torch, outputs = in_torch(model, inputs)
     parts = [{name: tensor[rows] for name, tensor in inputs.items()} for rows in (slice(0, 2), slice(2, 4))]
     start, end = (np.concatenate(each) for each in zip(*(by_hand(folder, part, [1.0] * 3) for part in parts)))
@@ -497,7 +497,7 @@ def test_sessions_have_torchs_threads_and_none_of_them_spins(model):
         for threads in (2, 1):
             torch.set_num_threads(threads)
             model(**inputs)
-            options = [session.get_session_options() for session in model.engine.sessions.values()]
+            options = [session.get_session_options() for session in model.engine.graph.sessions.values()]
             found = [each for each in options if each.intra_op_num_threads == threads]
             assert found and found[0].get_session_config_entry("session.intra_op.allow_spinning") == "0"
     finally:
@@ -546,10 +546,10 @@ with multiprocessing.get_context("fork").Pool(1) as pool:
     assert pool.apply(answer) == first
 child = os.fork()
 if not child:
-    assert answer() == first and len(model.engine.sessions) == 2
+    assert answer() == first and len(model.engine.graph.sessions) == 2
     sys.exit(7)  # as a server's worker ends: all that it holds is destroyed
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-assert answer() == first and len(model.engine.sessions) == 1
+assert answer() == first and len(model.engine.graph.sessions) == 1
 print("answered")
 """
 
