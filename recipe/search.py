@@ -156,8 +156,8 @@ def place_presets(full, candidates, shares=PRESET_SHARES):
 
 
 def loss(candidate, full):
-    """F1 lost against `full` on the same questions, in percent of it."""
-    return 100 * (1 - candidate["f1"] / full["f1"])
+    """F1 lost against `full` on the same questions, in percent of it; where that has none, there is none to lose."""
+    return 100 * (1 - candidate["f1"] / full["f1"]) if full["f1"] else 0.0
 
 
 def within_loss(candidates, full, max_loss):

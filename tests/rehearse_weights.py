@@ -58,7 +58,7 @@ def main():
     draw_questions(folder / "data" / "questions.json")
     whole = finish(folder, "whole")
     kill_when(folder, "killed", "teacher/checkpoint-4/trainer_state.json")
-    kill_when(folder, "killed", "student/checkpoint-6/trainer_state.json")
+    kill_when(folder, "killed", "student/checkpoint-40/trainer_state.json")
     killed = finish(folder, "killed")
     print(*(f"{name}: {whole[name]} {killed[name]}" for name in SAME), sep="\n")
     assert whole == killed
