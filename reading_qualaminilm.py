@@ -242,8 +242,9 @@ class Reading:
                         context = example["context"]
                         tokens = self.tokens(context)
                     found = self.windows(example["question"], tokens, **(windows or {}))
-                rows.append(Row(context, found, [None] * len(found), len(found)))
-                yield from ((rows[-1], i) for i in range(len(found)))
+                row = Row(context, found, [None] * len(found), len(found))
+                rows.append(row)
+                yield from ((row, i) for i in range(len(found)))
 
         for batch in batches(all_windows(), batch_size, batch_tokens, at_once):
             for (row, i), logits in zip(batch, run([row.windows[i] for row, i in batch]), strict=True):
