@@ -54,6 +54,7 @@ ROOMS = (
     "pipeline",
 )
 CODE_FILES = tuple(f"{room}_qualaminilm.py" for room in ROOMS)
+CARRIED = (*CODE_FILES, "reader.py")  # beside the weights of every folder
 # Repository -> texts of its code by file name: see `keep_code`.
 KEPT_CODE = {}
 AUTO_MAP = {
@@ -315,22 +316,22 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
                 write_beside_then_rename(path, text)
 
     def code(self):
-        """Texts of the model's code, a `dict` of `str` by file name, in the order of `CODE_FILES`.
+        """Texts of the model's code, a `dict` of `str` by file name, in the order of `CARRIED`.
 
         Raises:
             FileNotFoundError: one cannot be found any more, so that what was saved could not be loaded.
         """
         if self._name_or_path and self._name_or_path not in KEPT_CODE:
             keep_code(self._name_or_path, revision=getattr(self, "_commit_hash", None))
-        beside = {name: _beside(name).read_text(encoding="utf-8") for name in CODE_FILES if _beside(name).is_file()}
+        beside = {name: _beside(name).read_text(encoding="utf-8") for name in CARRIED if _beside(name).is_file()}
         code = beside | KEPT_CODE.get(self._name_or_path, {})
-        missing = [name for name in CODE_FILES if name not in code]
+        missing = [name for name in CARRIED if name not in code]
         if missing:
             raise FileNotFoundError(
                 f"{', '.join(missing)} is neither in {Path(__file__).parent} nor in {self._name_or_path!r}, and "
                 f"config.json names it: a folder saved without it could not be loaded. Load from a whole repository"
             )
-        return {name: code[name] for name in CODE_FILES}
+        return {name: code[name] for name in CARRIED}
 
     def save_presets(self, folder):
         """Writes `length_presets` into the folder, as `length_configs.json`."""
@@ -361,7 +362,7 @@ def keep_code(repository, **where):
     if not __name__.startswith(TRANSFORMERS_DYNAMIC_MODULE_NAME):
         return
     kept = KEPT_CODE[str(repository)] = {}
-    for name in CODE_FILES:
+    for name in CARRIED:
         if os.path.isdir(repository) or not _beside(name).is_file():
             try:
                 path = stored_file(repository, name, **where)

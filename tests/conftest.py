@@ -3,6 +3,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime from 1.29 on tells its maker what models it runs
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -68,6 +69,26 @@ def hundred_questions():
     from recipe.data import read_questions
 
     return read_questions(ROOT / "tests" / "hundred_questions.json")
+
+
+@pytest.fixture(scope="session")
+def folder_with_graph(tmp_path_factory):
+    """A whole repository of tiny int8 weights and their graph."""
+    path, stored = tmp_path_factory.mktemp("graph") / "int8", ROOT / "tests" / "folders" / "int8"
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(stored, engine="torch")
+    model.config.length_presets["half"] = {"length_config": [0.5, 0.5, 0.5]}
+    model.save_pretrained(path)
+    load_tokenizer(stored).save_pretrained(path)
+    if importlib.util.find_spec("onnx"):
+        from recipe.export import export_beside_weights
+
+        export_beside_weights(path)
+        return path
+    python = ROOT / ".venv-4" / "bin" / "python"
+    if not python.exists():
+        pytest.skip("a graph is written with the onnx package, which neither this environment nor .venv-4 has")
+    subprocess.run([python, "-m", "recipe.export", "--model", path], cwd=ROOT, check=True, capture_output=True)
+    return path
 
 
 def tiny_config(**kwargs):

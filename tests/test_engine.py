@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import importlib.util
 import os
 import pickle
 import shutil
@@ -19,34 +18,17 @@ from transformers import AutoModelForQuestionAnswering, pipeline
 from conftest import ROOT, once, right_padded
 from qualaminilm import engine_qualaminilm, graph_qualaminilm, modeling_qualaminilm
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMEncoder, QuaLAMiniLMForQuestionAnswering
-from recipe.data import load_tokenizer
 from tests.grid_steps import assert_possible
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="the engine runs in onnxruntime, which is not installed")
 
-FOLDER = ROOT / "tests" / "folders" / "int8"
 GRAPH = "onnx/model_int8.onnx"
 CONFIGS = ("full", [1.0, 0.5, 0.2], [12, 9, 3], "half", {"max_macs": 0.9})
 
 
 @pytest.fixture(scope="session")
-def folder(tmp_path_factory):
-    """A whole repository of tiny int8 weights and their graph."""
-    path = tmp_path_factory.mktemp("engine") / "int8"
-    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(FOLDER, engine="torch")
-    model.config.length_presets["half"] = {"length_config": [0.5, 0.5, 0.5]}
-    model.save_pretrained(path)
-    load_tokenizer(FOLDER).save_pretrained(path)
-    if importlib.util.find_spec("onnx"):
-        from recipe.export import export_beside_weights
-
-        export_beside_weights(path)
-        return path
-    python = ROOT / ".venv-4" / "bin" / "python"
-    if not python.exists():
-        pytest.skip("a graph is written with the onnx package, which neither this environment nor .venv-4 has")
-    subprocess.run([python, "-m", "recipe.export", "--model", path], cwd=ROOT, check=True, capture_output=True)
-    return path
+def folder(folder_with_graph):
+    return folder_with_graph
 
 
 @pytest.fixture

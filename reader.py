@@ -1,0 +1,224 @@
+"""Answers questions out of texts without torch and transformers: with onnxruntime, tokenizers and numpy.
+
+    from reader import Reader
+    reader = Reader("FOLDER")
+    reader("Where do I live?", "My name is Wolfgang and I live in Berlin.", length_config="fast")
+
+or `python reader.py --question "Where do I live?" FILE`. This file can stand and be run anywhere; the code that it
+shares with transformers' pipeline is that of the folder that it stands in.
+"""
+
+import argparse
+import hashlib
+import importlib
+import json
+import os
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+HERE = Path(__file__).resolve().parent
+SIZES = "num_hidden_layers hidden_size intermediate_size type_vocab_size max_position_embeddings".split()
+
+
+def room(name):
+    """The module `name` of the folder that this file stands in. Its modules import each other as those of a package,
+    which is no other folder's."""
+    package = f"qualaminilm_{hashlib.sha256(str(HERE).encode()).hexdigest()[:16]}"
+    if package not in sys.modules:
+        module = types.ModuleType(package)
+        module.__path__ = [str(HERE)]
+        sys.modules[package] = module
+    return importlib.import_module(f"{package}.{name}_qualaminilm")
+
+
+length_configs, graph, reading = (room(name) for name in ("length_configs", "graph", "reading"))
+
+
+class Reader(length_configs.LengthConfigs):
+    """What transformers' pipeline of this repository answers, computed by the graph in ONNX Runtime.
+
+    Args:
+        folder (`str` or path): of a model with its graph, onnx/model_int8.onnx.
+        length_config: how many tokens each layer hands on where a call does not say; see
+            [`LengthConfigs.token_lengths`]. By default the model's own.
+        threads (`int`): to compute with; by default one for each processor that this process may use.
+
+    Raises:
+        FileNotFoundError: a file is missing; of the graph it says which command writes it.
+        ImportError: onnxruntime is not installed.
+        ValueError: a file that cannot be read, a graph of other weights, or an illegal `length_config`.
+    """
+
+    def __init__(self, folder, length_config=None, threads=None):
+        folder = Path(folder)
+        config, tokenizer = read_object(folder / "config.json"), read_object(folder / "tokenizer_config.json")
+        path = folder / graph.GRAPH_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: python -m recipe.export --model {folder} writes it")
+        self.threads = processors() if threads is None else threads
+        length_configs.require("threads", self.threads, length_configs.is_number(self.threads, int), "an int")
+        try:
+            for name in SIZES:
+                size = config[name]
+                length_configs.require(name, size, length_configs.is_number(size, int) and size > 0, "an int above 0")
+                setattr(self, name, size)
+            self.significance, self.length_config = config["significance"], config["length_config"]
+            self.is_roberta, self.pad_token_id = config["embedding_type"] == "roberta", config["pad_token_id"] or 0
+        except KeyError as error:
+            raise ValueError(f"{folder / 'config.json'} has no {error}: it is of no QuaLA-MiniLM") from None
+        presets = folder / length_configs.PRESETS_FILE
+        presets = length_configs.read_presets(presets, self.num_hidden_layers) if presets.is_file() else None
+        self.length_presets = self.checked_presets(presets)
+        if length_config is not None:
+            self.length_config = length_config
+        self.token_lengths()
+        try:
+            self.graph = graph.Graph(path, self.threads)
+        except graph.Unusable as why:
+            raise (ValueError if why.surprising else ImportError)(str(why)) from None
+        stated = config.get("weights_sha256")
+        if stated is not None and json.loads(self.graph.metadata.get("weights_sha256", "null")) != stated:
+            raise ValueError(f"{path} was made from other weights than {folder / 'config.json'} states")
+        self.reading = reading.Reading(
+            Tokenizer.from_file(str(folder / "tokenizer.json")),
+            max_seq_len=min(tokenizer.get("model_max_length", 384), 384),
+            positions=self.max_position_embeddings - (self.pad_token_id + 1 if self.is_roberta else 0),
+            no_answer_threshold=config.get("no_answer_threshold"),
+            answerable_calibration=config.get("answerable_calibration"),
+        )
+        self.reading.tokenizer.encode_special_tokens = bool(tokenizer.get("split_special_tokens", False))
+        self.from_the_end = tokenizer.get("truncation_side") == "left"
+
+    def __call__(
+        self,
+        question,
+        context=None,
+        *,
+        top_k=1,
+        doc_stride=None,
+        max_answer_len=15,
+        max_seq_len=None,
+        max_question_len=None,
+        handle_impossible_answer=False,
+        no_answer_threshold=None,
+        return_answerable=False,
+        align_to_words=True,
+        batch_size=None,
+        length_config=None,
+    ):
+        """
+        Args:
+            question, context (`str`); or, as first argument, a dict of them; or an iterable of such dicts.
+            The others: as in the pipeline.
+
+        Returns:
+            as the pipeline: for one question a dict of score, start, end and answer, or where `top_k` is above 1 a list
+            of them; a list of these for a list or tuple; an iterator over them for another iterable.
+
+        Raises:
+            ValueError, KeyError: what the pipeline raises, and in the same words.
+        """
+        reading.check_options(
+            top_k=top_k,
+            max_answer_len=max_answer_len,
+            max_seq_len=max_seq_len,
+            max_question_len=max_question_len,
+            doc_stride=doc_stride,
+            batch_size=batch_size,
+            no_answer_threshold=no_answer_threshold,
+        )
+        lengths = self.token_lengths(length_config)
+        if isinstance(question, str) or context is not None:
+            question = {"question": question, "context": context}
+        is_single, is_list = isinstance(question, Mapping), isinstance(question, (list, tuple))
+        examples = checked([question] if is_single else question, numbered=not is_single)
+        answers = self.reading.answers(
+            list(examples) if is_list else examples,
+            lambda windows: self.logits(windows, lengths),
+            windows={
+                "doc_stride": doc_stride,
+                "max_question_len": max_question_len,
+                "max_seq_len": max_seq_len,
+                "from_the_end": self.from_the_end,
+            },
+            best={
+                "top_k": top_k,
+                "max_answer_len": max_answer_len,
+                "align_to_words": align_to_words,
+                "handle_impossible_answer": handle_impossible_answer,
+                "no_answer_threshold": no_answer_threshold,
+                "return_answerable": return_answerable,
+            },
+            numbered=not is_single,
+            at_once=not (is_single or is_list),
+            batch_size=batch_size,
+        )
+        if not (is_single or is_list):
+            return answers
+        found = []
+        try:
+            for answer in answers:
+                found.append(answer)
+        except Exception as error:
+            error.answers = found
+            raise
+        return found[0] if is_single else found
+
+    def logits(self, windows, lengths):
+        """The logits of each window, a `list` of float32 arrays, (2, 1 + context tokens); see [`Reading.answers`]."""
+        inputs = reading.padded(windows, self.pad_token_id, self.type_vocab_size)
+        if self.is_roberta:
+            del inputs["token_type_ids"]
+        logits = np.stack(self.graph(inputs, lengths, self.threads), 1)
+        # Copied, or each window would hold its whole batch's.
+        return [logits[row][:, window.scored()] for row, window in enumerate(windows)]
+
+
+def checked(examples, numbered):
+    """Yields the questions, once each was looked at."""
+    for row, example in enumerate(examples):
+        with reading.naming_row(row if numbered else None):
+            if not isinstance(example, Mapping):
+                raise ValueError(f"{example!r:.100} is no dict with the keys question and context")
+            if not {"question", "context"} <= example.keys():
+                raise KeyError("You need to provide a dictionary with keys {question:..., context:...}")
+            reading.check_example(example)
+        yield {name: example[name] for name in ("question", "context")}
+
+
+def read_object(path):
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    length_configs.require(str(path), content, isinstance(content, dict), "a JSON object")
+    return content
+
+
+def processors():
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Prints the answer to a question out of a text, on one line.")
+    parser.add_argument("file", nargs="?", help="the text, UTF-8 (standard input)")
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--model", default=str(HERE), help="folder of the model (the one that this file stands in)")
+    parser.add_argument("--length_config", help="a preset's name (the model's own)")
+    arguments = parser.parse_args()
+    try:
+        text = Path(arguments.file).read_bytes() if arguments.file else sys.stdin.buffer.read()
+        answer = Reader(arguments.model, arguments.length_config)(arguments.question, text.decode())
+    except (ImportError, OSError, ValueError) as error:
+        raise SystemExit(f"reader.py: {error}") from error
+    print(" ".join(answer["answer"].split()))
+
+
+if __name__ == "__main__":
+    main()
