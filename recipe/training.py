@@ -217,6 +217,7 @@ def load_model(folder, **config_fields):
     """
     config = load_config(folder)
     config.length_presets = without_scores(config, config.length_presets)
+    config.no_answer_threshold = config.answerable_calibration = None  # those of other weights
     config.update({"attention_probs_dropout_prob": 0.0} | config_fields)
     implementation = "sdpa" if torch.cuda.is_available() else "eager"
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(
