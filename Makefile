@@ -11,7 +11,7 @@ PIP_INSTALL = bin/python -m pip install --quiet --disable-pip-version-check
 # What would run code that stands in data: exec, pickle, marshal, eval, YAML, shells, torch.load without weights_only.
 RUNS_DATA = B102,B301,B302,B307,B403,B506,B602,B604,B605,B614
 
-.PHONY: answer ask demo weights setup test test-oldest lint report check-report
+.PHONY: answer ask demo page node-packages weights setup test test-oldest lint report check-report
 
 answer: .venv/.runtime-installed
 	@.venv/bin/python -m recipe.answer

@@ -6,7 +6,7 @@
  */
 
 import { ValueError, shown } from "./errors.js";
-import { CHINESE, MARK, PUNCTUATION, REMOVED, WHOLE } from "./unicode.js";
+import { CHINESE, MARK, NEWER, PUNCTUATION, REMOVED } from "./unicode.js";
 
 /** What stands between blanks. */
 const CHUNK = /[^\t\n\r \xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]+/g;
@@ -184,7 +184,7 @@ function add(tokens, id, word, start, end) {
 function decomposed(characters) {
     const parts = [];
     for (const { character } of characters) {
-        const [first, ...others] = WHOLE.test(character) ? [character] : character.normalize("NFD");
+        const [first, ...others] = NEWER.test(character) ? [character] : character.normalize("NFD");
         insert(parts, { character: first, isAdded: false });
         for (const other of others) insert(parts, { character: other, isAdded: true });
     }
@@ -195,12 +195,14 @@ function decomposed(characters) {
 /** Puts a part behind the others, but accents in their order: before those that NFD would have change places with it. */
 function insert(parts, part) {
     let place = parts.length;
-    while (place && ANY_MARK.test(part.character) && ANY_MARK.test(parts[place - 1].character)) {
-        const pair = parts[place - 1].character + part.character;
-        if (pair.normalize("NFD") === pair) break;
-        place--;
-    }
+    while (place && changePlaces(parts[place - 1].character, part.character)) place--;
     parts.splice(place, 0, part);
+}
+
+/** Whether NFD has two characters change places. */
+function changePlaces(one, other) {
+    if (![one, other].every((each) => ANY_MARK.test(each) && !NEWER.test(each))) return false;
+    return (one + other).normalize("NFD") !== one + other;
 }
 
 /**
