@@ -2,7 +2,8 @@
 
 `python -m recipe.export` writes onnx/model_int8.onnx beside the weights, which takes a `length_config` as an input.
 `--length_config fast --runtime openvino --output_dir DIR` writes a folder that Optimum's own classes load, here for
-OpenVINO; without a `length_config` the ONNX graph in it is the same as above.
+OpenVINO; without a `length_config` the ONNX graph in it is the same as above. `--runtime transformers.js` writes one for
+transformers.js.
 
 A graph takes any batch and sequence. An int8 model's carries its scales in quantise and dequantise nodes, so that the
 runtime multiplies in int8. It is written out node by node: how many tokens are kept depends on the input, and tracing
@@ -418,7 +419,8 @@ def export(model, tokenizer, length_config, runtime, folder, weights_sha256=None
     """Writes the graph, transformers' configuration and the tokenizer into `folder`, which must not exist.
 
     Args:
-        runtime (`str`): `"onnx"` writes model.onnx, `"openvino"` openvino_model.xml and .bin.
+        runtime (`str`): `"onnx"` writes model.onnx, `"openvino"` openvino_model.xml and .bin, and `"transformers.js"`
+            onnx/model_quantized.onnx, at `"full"` by default, since it feeds no `length_config`.
         length_config, weights_sha256: see [`build_graph`].
 
     Raises:
@@ -426,15 +428,22 @@ def export(model, tokenizer, length_config, runtime, folder, weights_sha256=None
     """
     if runtime == "openvino" and length_config is None:
         raise ValueError("length_config is missing: OpenVINO would take full for it, and no other. Name one")
+    if runtime == "transformers.js" and length_config is None:
+        length_config = "full"
+    config = transformers_config(model.config)
     with whole_folder(folder) as unfinished:
         path = unfinished / "model.onnx"
+        if runtime == "transformers.js":
+            setattr(config, "transformers.js_config", {"dtype": "q8"})  # which file it takes, where nobody says
+            path = unfinished / "onnx" / "model_quantized.onnx"
+            path.parent.mkdir()
         onnx.save(build_graph(model, length_config, weights_sha256), path)
         if runtime == "openvino":
             import openvino
 
             openvino.save_model(openvino.convert_model(path), unfinished / "openvino_model.xml", compress_to_fp16=False)
             path.unlink()
-        transformers_config(model.config).save_pretrained(unfinished)
+        config.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
 
 
@@ -459,8 +468,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--model", default=str(ROOT), help="folder of the model (the shipped one)")
     parser.add_argument("--length_config", help="a preset's name, or JSON: [0.9, ...] (an input of the graph)")
-    parser.add_argument("--runtime", choices=("onnx", "openvino"), default="onnx", help="whose format (onnx)")
-    parser.add_argument("--output_dir", type=Path, help=f"folder for Optimum, which must not exist ({GRAPH_FILE})")
+    parser.add_argument(
+        "--runtime", choices=("onnx", "openvino", "transformers.js"), default="onnx", help="whose format (onnx)"
+    )
+    parser.add_argument("--output_dir", type=Path, help=f"folder to write, which must not exist ({GRAPH_FILE})")
     arguments = parser.parse_args()
     if arguments.output_dir is None:
         if arguments.length_config is not None or arguments.runtime != "onnx":
@@ -478,7 +489,7 @@ def main():
         arguments.output_dir,
         checksums,
     )
-    print(f"Wrote {arguments.output_dir}, at {length_config or 'any'} length_config")
+    print(f"Wrote {arguments.output_dir}")
 
 
 if __name__ == "__main__":
