@@ -2,8 +2,8 @@
 
 `python -m recipe.export` writes onnx/model_int8.onnx beside the weights, which takes a `length_config` as an input.
 `--length_config fast --runtime openvino --output_dir DIR` writes a folder that Optimum's own classes load, here for
-OpenVINO; without a `length_config` the ONNX graph in it is the same as above. `--runtime transformers.js` writes one for
-transformers.js.
+OpenVINO; without a `length_config` the ONNX graph in it is the same as above. `--runtime transformers.js` writes what
+transformers.js loads.
 
 A graph takes any batch and sequence. An int8 model's carries its scales in quantise and dequantise nodes, so that the
 runtime multiplies in int8. It is written out node by node: how many tokens are kept depends on the input, and tracing
