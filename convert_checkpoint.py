@@ -280,6 +280,8 @@ def convert(arguments):
     source = given.resolve().name if given.is_dir() else arguments.source
     write_repository(out, model, tokenizer, model_card(folder, source, out.name, stored))
     print(f"Wrote {out}: {len(weights)} tensors taken over, {len(unused)} left out")
+    if arguments.quantize:
+        print(f"python -m recipe.export --model {out} writes its graph, which ONNX Runtime answers with")
 
 
 if __name__ == "__main__":

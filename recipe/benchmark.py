@@ -26,13 +26,13 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import onnx
-import onnxruntime
 import openvino
 import torch
 from tqdm import tqdm
 from transformers import BertConfig, BertForQuestionAnswering
 
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.graph_qualaminilm import import_onnxruntime
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.quantization_qualaminilm import QuantizedLinear
@@ -53,6 +53,7 @@ from recipe.quantize import quantize
 from recipe.results import describe_run, save_figure, write_json
 from recipe.test_sets import refuse_test_sets
 
+onnxruntime = import_onnxruntime()
 BASELINE = "BERT-base, transformers, fp32"
 LENGTH = 384
 USUAL_LENGTH = 164  # the median of the test set's rows

@@ -1,4 +1,4 @@
-"""Makes a folder the shipped model: `python -m recipe.ship FOLDER`.
+"""Makes a folder the shipped model, int8 ones with their graph: `python -m recipe.ship FOLDER`.
 
 Float weights are stored in half precision, int8 ones as they are. The folder's presets and
 their scores come along, and what the search tells of them.
@@ -14,6 +14,7 @@ from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import load_tokenizer
 from recipe.evaluate import ROOT
+from recipe.export import export_beside_weights
 from recipe.search import PLOT, REPORT
 
 
@@ -26,6 +27,8 @@ def main():
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(folder, dtype=dtype)
     model.save_pretrained(ROOT)
     load_tokenizer(folder).save_pretrained(ROOT)
+    if config.int8_storage:
+        export_beside_weights(ROOT)
     for name, where in ((REPORT, "results"), (PLOT, "assets")):
         if (Path(folder) / name).exists():
             shutil.copyfile(Path(folder) / name, Path(ROOT) / where / name)

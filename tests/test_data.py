@@ -156,12 +156,9 @@ def test_the_test_sets_are_known(name, known):
     assert test_sets.is_test_set(DATA / f"{name}.json") == known
 
 
-@pytest.mark.parametrize(
-    "command",
-    ["windows", "benchmark"],
-)
+@pytest.mark.parametrize("command", ["windows", "benchmark"])
 def test_every_command_that_trains_or_chooses_refuses_a_test_set(tmp_path, city_file, monkeypatch, command):
-    pytest.importorskip({"benchmark": "onnx"}.get(command, "torch"))
+    pytest.importorskip({"benchmark": "openvino"}.get(command, "torch"))
     monkeypatch.setattr(test_sets, "DIGESTS", tmp_path / "test_sets.bin")
     monkeypatch.setattr(sys, "argv", ["test_sets", str(city_file)])
     test_sets.main()

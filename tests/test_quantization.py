@@ -28,7 +28,6 @@ from qualaminilm.quantization_qualaminilm import (
     onednn_is_exact,
     sums_exactly,
 )
-from recipe import finetune
 from recipe.data import load_tokenizer
 from recipe.evaluate import answer_all
 from recipe.quantize import Values, main, quantize
@@ -325,7 +324,7 @@ def test_whether_the_processor_multiplies_bfloat16_is_known_by_every_torch(with_
         cpu = quantization_qualaminilm.attention_dtype(torch.device("cpu"))
         # What is a host's processor to a GPU?
         assert quantization_qualaminilm.attention_dtype(torch.device("cuda")) == torch.float32
-        assert finetune.cpu_multiplies_bfloat16() == (cpu == torch.bfloat16)
+        assert quantization_qualaminilm.cpu_multiplies_bfloat16() == (cpu == torch.bfloat16)
         return cpu == torch.bfloat16
 
     try:
@@ -501,9 +500,9 @@ def test_an_op_that_is_missing_or_wrong_is_not_used(failure, monkeypatch):
         sums_exactly.cache_clear()
 
 
-def test_the_command_writes_a_model_that_answers(tmp_path, city_file):
+def test_the_command_writes_a_model_that_answers(tmp_path, city_windows):
     base = tiny_folder(tmp_path / "base")
-    arguments = ["--model", base, "--data", city_file, "--windows", 12, "--output_dir", tmp_path / "int8"]
+    arguments = ["--model", base, "--windows", city_windows, "--output_dir", tmp_path / "int8"]
     printed = run("recipe.quantize", *arguments).stdout
     size = (tmp_path / "int8" / "model.safetensors").stat().st_size
     assert f"{size / 1e6:.2f} MB of weights" in printed
@@ -514,10 +513,10 @@ def test_the_command_writes_a_model_that_answers(tmp_path, city_file):
     assert (found - exact).abs().mean() < 0.15 * exact.std()
 
 
-def test_the_command_refuses_what_it_cannot_quantise(tmp_path, city_file, monkeypatch):
+def test_the_command_refuses_what_it_cannot_quantise(tmp_path, monkeypatch):
     _, model = int8_model()
     model.save_pretrained(tmp_path / "int8")
-    command = ["quantize", "--model", str(tmp_path / "int8"), "--data", str(city_file), "--output_dir", str(tmp_path)]
+    command = ["quantize", "--model", str(tmp_path / "int8"), "--windows", "none", "--output_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", command)
     with pytest.raises(ValueError, match="is int8 already, expected a float model"):
         main()
