@@ -47,7 +47,7 @@ def run_block(code, clone):
 
 def test_the_block_that_answers_answers(monkeypatch):
     monkeypatch.chdir(ROOT)
-    *setup, ask = block("python", "Where do I live?").split("# {'score'")[0].strip().splitlines()
+    *setup, ask = block("python", 'qa(question="Where do I live?"').split("# {'score'")[0].strip().splitlines()
     names = {}
     exec("\n".join(setup), names)
     assert eval(ask, names)["answer"] == "Berlin"
@@ -58,6 +58,15 @@ def test_the_block_with_a_model_object_makes_a_pipeline(monkeypatch):
     names = {}
     exec(block("python", "QuestionAnsweringPipeline(model=model"), names)
     assert names["qa"](question="Where do I live?", context="I live in Berlin.")["answer"] == "Berlin"
+
+
+def test_the_block_that_reads_without_torch_reads(folder_with_graph, monkeypatch):
+    monkeypatch.chdir(folder_with_graph)
+    monkeypatch.syspath_prepend(folder_with_graph)
+    *setup, ask = block("python", "from reader import Reader").strip().splitlines()
+    names = {}
+    exec("\n".join(setup), names)
+    assert eval(ask.replace('"fast"', '"half"'), names)["answer"] in ask  # that folder's presets
 
 
 @trains
