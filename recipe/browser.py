@@ -82,7 +82,10 @@ def main():
     parser.add_argument("--model", default=str(ROOT), help="folder of the model (the shipped one)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the page, which must not exist")
     arguments = parser.parse_args()
-    write_page(arguments.output_dir, arguments.model)
+    try:
+        write_page(arguments.output_dir, arguments.model)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     print(f"Wrote {arguments.output_dir}. python -m http.server --directory {arguments.output_dir} serves it.")
 
 
