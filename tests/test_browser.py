@@ -62,6 +62,22 @@ def test_the_graph_has_no_default_and_node_feeds_it(built):
     assert len(full[0]) == len(fastest[0]) and full != fastest
 
 
+def test_a_graph_with_a_default_is_refused(model, built, tmp_path):
+    folder = shutil.copytree(built / "model", tmp_path / "model")
+    shutil.copy(model / GRAPH_FILE, folder / "model.onnx")
+    (error,) = call([["answer", QUESTION, CONTEXT, {"length_config": "fast"}]], folder)
+    assert isinstance(error, ValueError) and "no length_config" in str(error)
+
+
+def test_what_the_page_lacks_is_named(tmp_path):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileNotFoundError, match="model_int8.onnx is missing: python -m recipe.export"):
+        write_page(tmp_path / "page", tmp_path)
+    with pytest.raises(FileExistsError):
+        write_page(tmp_path / "there", tmp_path)
+    assert not (tmp_path / "page").exists()
+
+
 @pytest.mark.parametrize("preset", ["full", "fast"])
 def test_node_answers_as_python(built, qa, preset):
     """Some of the cases, of every kind; python -m tests.compare_javascript counts all."""
