@@ -1,22 +1,25 @@
 """Haystack's reader with the model, on 2 and 3, as docs/clients.md says: its answers, and that the token types arrive.
 
-It was run with haystack-ai 2.31.0 on transformers 5.23.0 and 4.57.6, and with haystack-ai 3.4.1 and transformers-
-haystack 2.0.0 on 5.23.0, torch 2.13.0; without a terminal. All three printed (on 5, after the tokenizer's question
-whether to run the code):
+It was run with haystack-ai 2.31.0 on transformers 5.23.0 and 4.57.6, and with haystack-ai 3.4.1 and
+transformers-haystack 2.0.0 on 5.23.0, torch 2.13.0; without a terminal, and once answering y. All printed (on 5, after
+the tokenizer's question whether to run the code):
 
     Where do I live? 'Berlin' ExtractedAnswer.Span(start=34, end=40)
     What does the kettle lack? 'it has no lid' ExtractedAnswer.Span(start=104, end=117)
     length_config fast, token types as the tokenizer's
 """
 
-from document import ASKED, blocks, enter_clone, run
+import re
+
+from document import ASKED, ROOT, blocks, enter_clone, run
 from haystack import Document, version
 
 (code,) = blocks("Haystack")
 if int(version.__version__.split(".")[0]) >= 3:
-    first, rest = code.split("\n", 1)
-    name = "haystack_integrations.components.readers.transformers"
-    code = f"from {name} import TransformersExtractiveReader as ExtractiveReader\n{rest}"
+    (first,) = re.findall(
+        "`(from haystack_integrations.*)`", (ROOT / "docs" / "clients.md").read_text(encoding="utf-8")
+    )
+    code = "\n".join([first, *code.splitlines()[1:]])
 enter_clone()
 reader = run(code)["reader"]
 seen = []
