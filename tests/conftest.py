@@ -5,6 +5,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime from 1.29 on tells its
 
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 from importlib import metadata
@@ -23,6 +24,12 @@ from recipe.results import processor
 ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT.parent / "shared" / "data"
 TRANSFORMERS_5 = int(transformers.__version__.split(".")[0]) >= 5
+
+CHROMIUM = shutil.which("chromium")
+# Chromium's own traffic is off: no test is to wait for hosts that a closed network refuses.
+FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
+    --disable-component-update --disable-sync""".split()
+TIMEOUT = 120  # seconds: a test that passes waits a small part of it, unless the machine is busy
 
 once = pytest.mark.skipif(not TRANSFORMERS_5, reason="nothing here differs between the transformers lines")
 trains = pytest.mark.skipif(not TRANSFORMERS_5, reason="the training recipes run on transformers 5")
@@ -85,6 +92,20 @@ def folder_with_graph(tmp_path_factory):
 
     export_beside_weights(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, which pages are driven in."""
+    if not CHROMIUM:
+        pytest.skip("chromium is not installed; make test installs it as root where there is apt-get")
+    from playwright.sync_api import expect, sync_playwright
+
+    expect.set_options(timeout=TIMEOUT * 1000)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 def tiny_config(**kwargs):

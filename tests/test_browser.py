@@ -9,9 +9,9 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
-from conftest import ROOT, once
+from conftest import ROOT, TIMEOUT, once
 from qualaminilm.graph_qualaminilm import GRAPH_FILE
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
@@ -20,11 +20,6 @@ from recipe.browser import write_page
 from recipe.data import load_tokenizer
 from tests.javascript import BROWSER, NODE, call, in_code_units, needs_node_packages, read_cases
 
-CHROMIUM = shutil.which("chromium")
-# Chromium's own traffic is off: no test is to wait for hosts that a closed network refuses.
-FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync""".split()
-TIMEOUT = 120  # seconds: a test that passes waits a small part of it, unless the machine is busy
 QUESTION, CONTEXT = "Where do I live?", "My name is Wolfgang and I live in Berlin."
 pytestmark = [once, needs_node_packages]
 
@@ -144,17 +139,6 @@ def address(built):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}/"
         server.shutdown()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("chromium is not installed; make test installs it as root where there is apt-get")
-    expect.set_options(timeout=TIMEOUT * 1000)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

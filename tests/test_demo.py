@@ -1,22 +1,17 @@
 """The page of `make demo`, as people meet it: the shipped model behind it, a real Chromium in front."""
 
 import re
-import shutil
 import sys
 
 import pytest
 
 pytest.importorskip("gradio", reason="the demo runs in .venv, which make test sets up")
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
+from conftest import TIMEOUT
 from demo.app import LOOK, WINDOW, Page, layers_html, passage_html
 from recipe.survivors import surviving_tokens
 
-CHROMIUM = shutil.which("chromium")
-# Chromium's own traffic is off: no test is to wait for hosts that a closed network refuses.
-FLAGS = """--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
-    --disable-component-update --disable-sync""".split()
-TIMEOUT = 120  # seconds: a test that passes waits a small part of it, unless the machine is busy
 QUESTION, CONTEXT = "Where do I live?", "My name is Wolfgang and I live in Berlin."
 
 
@@ -104,17 +99,6 @@ def server(shown):
     _, address, _ = blocks.launch(**LOOK, prevent_thread_lock=True, quiet=True)
     yield address, hosts
     blocks.close()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    if not CHROMIUM:
-        pytest.skip("chromium is not installed; make test installs it as root where there is apt-get")
-    expect.set_options(timeout=TIMEOUT * 1000)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture
