@@ -27,10 +27,11 @@ from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig, write_besid
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.spans_qualaminilm import WindowSpans
-from recipe.data import file_sha256, load_tokenizer
+from recipe.data import file_sha256, groups, load_tokenizer
 from recipe.evaluate import ROOT, scores_by_question
 from recipe.presets import parse_length_config
 from recipe.results import describe_run, save_figure, write_json
+from recipe.windows import validation_tables
 
 NEAR_MISSES = ("written-wiki", "written-documents")  # whose unanswerable questions are almost answered
 DOCUMENTS = "written-documents"  # what is put among others
@@ -110,11 +111,8 @@ def as_asked(kind, row):
 
 
 def in_fitting_half(table):
-    """Whether each question is of the half that settles threshold and calibration, by a hash of its title; of its
-    paragraph in a table of one title."""
-    titles = table["title"][:]
-    groups = titles if len(set(titles)) > 1 else table["context"][:]
-    return [hashlib.sha256(f"answerable {group}".encode()).digest()[0] % 2 == 0 for group in groups]
+    """Whether each question is of the half that settles threshold and calibration, by a hash of its group's name."""
+    return [hashlib.sha256(f"answerable {group}".encode()).digest()[0] % 2 == 0 for group in groups(table)]
 
 
 def among_others(table, count, most_windows, pipeline, seed):
@@ -316,8 +314,7 @@ def main():
     )
     parser.add_argument("--record", action="store_true", help="write threshold and calibration into config.json")
     arguments = parser.parse_args()
-    folders = sorted((arguments.windows / "validation").iterdir())
-    tables = {folder.name: datasets.load_from_disk(folder) for folder in folders}
+    tables = validation_tables(arguments.windows)
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
     pipeline = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(arguments.model))
     weights = file_sha256(Path(arguments.model) / "model.safetensors")

@@ -76,16 +76,18 @@ def read_sources(sources, split="all"):
 
 def held_out(questions):
     """Whether each of a table's questions belongs to validation: a list of `bool`, see :func:`in_validation`."""
+    return [in_validation(group) for group in groups(questions)]
+
+
+def groups(questions):
+    """What each of a table's questions is split by, a list of `str`: the article's title; in a table that is all one
+    article, the paragraph's text."""
     titles = questions["title"][:]
-    groups = titles if len(set(titles)) > 1 else questions["context"][:]
-    return [in_validation(group) for group in groups]
+    return titles if len(set(titles)) > 1 else questions["context"][:]
 
 
 def in_validation(group):
-    """Whether a group of questions belongs to validation, by a hash of its name, the same on every machine.
-
-    The group is the article's title; in a file that is all one article, the paragraph's text.
-    """
+    """Whether one of [`groups`] belongs to validation, by a hash of its name, the same on every machine."""
     return int(hashlib.sha256(group.encode()).hexdigest(), 16) % 100 < VALIDATION_PERCENT
 
 

@@ -128,14 +128,14 @@ def windows(questions, tokenizer, max_length):
     )
 
 
+def validation_tables(folder):
+    """The questions that recipe.windows kept for validation in `folder`: name of a source -> table."""
+    return {path.name: datasets.load_from_disk(path) for path in sorted((Path(folder) / VALIDATION).glob("*"))}
+
+
 def validation_questions(folder):
-    """The questions that recipe.windows kept for validation in `folder`, of all sources: a table of
-    :func:`recipe.data.read_sources`."""
-    tables = [
-        table.add_column(SOURCE, [path.name] * len(table))
-        for path in sorted((Path(folder) / VALIDATION).glob("*"))
-        for table in [datasets.load_from_disk(path)]
-    ]
+    """Those of all sources: a table of :func:`recipe.data.read_sources`."""
+    tables = [table.add_column(SOURCE, [name] * len(table)) for name, table in validation_tables(folder).items()]
     return datasets.concatenate_datasets(tables) if tables else datasets.Dataset.from_list([])
 
 
