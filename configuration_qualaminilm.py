@@ -42,18 +42,20 @@ def installed(package):
 require_versions(torch=installed("torch"), transformers=transformers.__version__)
 
 WEIGHTS_PATTERN = "model*.safetensors"
-ROOMS = (
+PARTS = (
     "length_configs",
     "configuration",
-    "modeling",
+    "dropping",
+    "kernels",
     "quantization",
+    "modeling",
     "graph",
     "engine",
     "spans",
     "reading",
     "pipeline",
 )
-CODE_FILES = tuple(f"{room}_qualaminilm.py" for room in ROOMS)
+CODE_FILES = tuple(f"{part}_qualaminilm.py" for part in PARTS)
 CARRIED = (*CODE_FILES, "reader.py")  # beside the weights of every folder
 # Repository -> texts of its code by file name: see `keep_code`.
 KEPT_CODE = {}

@@ -22,11 +22,13 @@ import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from transformers import BertConfig, RobertaConfig
+from transformers.activations import GELUActivation
 
 from qualaminilm.configuration_qualaminilm import weights_sha256
 from qualaminilm.graph_qualaminilm import GRAPH_FILE, MOST
+from qualaminilm.kernels_qualaminilm import PAIR_LIMIT, neighbours
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
-from qualaminilm.quantization_qualaminilm import PAIR_LIMIT, QuantizedEmbedding, QuantizedLinear, neighbours
+from qualaminilm.quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear
 from recipe.data import load_tokenizer
 from recipe.evaluate import ROOT
 from recipe.presets import parse_length_config
@@ -362,7 +364,7 @@ def add_and_norm(graph, module, states, residual):
 
 
 def activate(graph, module, states):
-    return gelu(graph, states) if module.is_gelu else graph("Relu", states)
+    return gelu(graph, states) if isinstance(module.intermediate_act_fn, GELUActivation) else graph("Relu", states)
 
 
 def gelu(graph, states):
@@ -377,9 +379,10 @@ def attend(graph, module, query_states, hidden, alive):
     else:
         query = linear(graph, module.query, query_states)
         key, value = linears(graph, [module.key, module.value], hidden)
-    heads = ints(0, 0, module.num_attention_heads, module.attention_head_size)
+    head_size = module.query.out_features // module.num_attention_heads
+    heads = ints(0, 0, module.num_attention_heads, head_size)
     query, key, value = (graph("Reshape", each, heads) for each in (query, key, value))
-    query = graph("Mul", graph("Transpose", query, perm=[0, 2, 1, 3]), np.float32(module.attention_head_size**-0.5))
+    query = graph("Mul", graph("Transpose", query, perm=[0, 2, 1, 3]), np.float32(head_size**-0.5))
     scores = graph("MatMul", query, graph("Transpose", key, perm=[0, 2, 3, 1]))
     mask = graph("Where", graph("Unsqueeze", alive, ints(1, 2)), np.float32(0), LOWEST)
     probabilities = graph("Softmax", graph("Add", scores, mask), axis=-1)

@@ -15,8 +15,8 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy
 
+from qualaminilm.kernels_qualaminilm import cpu_multiplies_bfloat16
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
-from qualaminilm.quantization_qualaminilm import cpu_multiplies_bfloat16
 from recipe.data import load_config
 from recipe.presets import without_scores
 from recipe.windows import TRAIN, validation_questions, windows

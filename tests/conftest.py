@@ -16,8 +16,8 @@ import torch
 import transformers
 
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.kernels_qualaminilm import PAIR_LIMIT, attention_dtype, onednn_is_exact
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
-from qualaminilm.quantization_qualaminilm import PAIR_LIMIT, attention_dtype, onednn_is_exact
 from recipe.data import load_tokenizer
 from recipe.results import processor
 

@@ -11,9 +11,10 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from conftest import ROOT, right_padded, tiny_config, trains
-from qualaminilm import modeling_qualaminilm, quantization_qualaminilm
+from qualaminilm import kernels_qualaminilm, quantization_qualaminilm
+from qualaminilm.kernels_qualaminilm import FloatKernel
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
-from qualaminilm.quantization_qualaminilm import FloatKernel, QuantizedLinear
+from qualaminilm.quantization_qualaminilm import QuantizedLinear
 from recipe.quantize import quantize
 
 STORED = ("float", "int8")
@@ -87,7 +88,7 @@ def test_the_caller_s_defaults_decide_no_kernel(defaults):
     layers = [QuantizedLinear(8, 4) for _ in range(2)]
     kinds = {type(layer.kernel()) for layer in layers}
     assert FloatKernel not in kinds
-    quantization_qualaminilm.sums_exactly.cache_clear()
+    kernels_qualaminilm.sums_exactly.cache_clear()
     made_there, later = copy.deepcopy(layers)
     with DEFAULTS[defaults]():
         made_there.kernel()
@@ -137,7 +138,7 @@ OFFLOADS = (cpu_offload, cpu_offload_with_buffers, disk_offload, dispatch_over_c
 def test_offloaded_by_accelerate_it_answers_alike(stored, significance, offload, tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
     # What is called layer by layer hands on float32; and only ReLU is computed alike with and without its neighbour.
-    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(quantization_qualaminilm, "attention_dtype", lambda *_: torch.float32)
     model = tiny_model(stored, significance, hidden_act="relu")
     expected = {
         (with_ids, str(length_config)): logits(model, length_config, **inputs(with_ids))
@@ -218,8 +219,8 @@ SPLITS = {
 @pytest.mark.parametrize("stored", STORED)
 def test_layers_on_several_devices_answer_as_on_one(stored, significance, split, monkeypatch):
     # On one device too what a GPU takes.
-    monkeypatch.setattr(quantization_qualaminilm, "runs_on_onednn", lambda linears: False)
-    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(kernels_qualaminilm, "runs_on_onednn", lambda weight: False)
+    monkeypatch.setattr(quantization_qualaminilm, "attention_dtype", lambda *_: torch.float32)
     model = tiny_model(stored, significance, hidden_act="relu")
     labels = {"start_positions": torch.tensor([3, 2]), "end_positions": torch.tensor([7, 4])}
     with_gap = inputs()

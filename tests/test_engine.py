@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForQuestionAnswering, pipeline
 
 from conftest import ROOT, once, right_padded
-from qualaminilm import engine_qualaminilm, graph_qualaminilm, modeling_qualaminilm
+from qualaminilm import engine_qualaminilm, graph_qualaminilm, quantization_qualaminilm
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMEncoder, QuaLAMiniLMForQuestionAnswering
 from tests.grid_steps import assert_possible
 
@@ -110,7 +110,7 @@ def test_a_call_for_logits_is_the_graphs(folder, model, length_config):
 
 
 def test_the_graph_computes_what_the_layers_do(model, twin, monkeypatch):
-    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)  # as in the graph
+    monkeypatch.setattr(quantization_qualaminilm, "attention_dtype", lambda *_: torch.float32)  # as in the graph
     for length_config in ("full", [0.9, 0.6, 0.4]):
         inputs = batch(model.config, [31, 5, 18])
         found = [model(**inputs, length_config=length_config), twin(**inputs, length_config=length_config)]

@@ -24,7 +24,7 @@ from onnx import TensorProto, helper
 from optimum.intel import OVModelForQuestionAnswering
 from optimum.onnxruntime import ORTModelForQuestionAnswering
 
-from qualaminilm import modeling_qualaminilm, quantization_qualaminilm
+from qualaminilm import kernels_qualaminilm, quantization_qualaminilm
 from qualaminilm.length_configs_qualaminilm import TokenLengths
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
@@ -186,7 +186,7 @@ def test_no_entry_breaks_the_graph(one_graph, entry, kept):
 
 @pytest.mark.parametrize("family, significance", KINDS)
 def test_int8_graphs_and_kernels_compute_one_model(family, significance, monkeypatch):
-    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)  # as in the graphs
+    monkeypatch.setattr(quantization_qualaminilm, "attention_dtype", lambda *_: torch.float32)  # as in the graphs
     quantized = int8_model(family, significance)
     length_config = [0.9, 0.6, 0.4]
     graph = build_graph(quantized, length_config)
@@ -197,7 +197,7 @@ def test_int8_graphs_and_kernels_compute_one_model(family, significance, monkeyp
     inputs = batch(quantized.config, [31, 5, 18, *range(1, 13)])
     found = [span_logits(runtime(graph), inputs) for runtime in (onnx_runtime, open_vino)]
     for on_onednn in (True, False):
-        monkeypatch.setattr(quantization_qualaminilm, "runs_on_onednn", lambda _, answer=on_onednn: answer)
+        monkeypatch.setattr(kernels_qualaminilm, "runs_on_onednn", lambda _, answer=on_onednn: answer)
         with torch.inference_mode():
             outputs = copy.deepcopy(quantized)(**inputs, length_config=length_config)
         found.append((outputs.start_logits, outputs.end_logits))
@@ -313,7 +313,7 @@ def test_int8_graphs_give_the_shipped_models_answers(shipped, hundred_questions,
     """Of a row's millions of activations some round the other way in the graph, which decides close calls: of 300
     questions 6 (full) and 3 (balanced) had another answer on AVX2. Were it 4 of 100, more than 8 of 60 would have one
     in a thousandth of all draws."""
-    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)  # as in the graph
+    monkeypatch.setattr(quantization_qualaminilm, "attention_dtype", lambda *_: torch.float32)  # as in the graph
     model, tokenizer = shipped
     by_length = sorted(range(100), key=lambda i: len(hundred_questions[i]["context"]))
     questions = hundred_questions.select(by_length[:60])

@@ -9,15 +9,11 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertForQuestionAnswering, RobertaConfig, RobertaForQuestionAnswering
 
 from conftest import right_padded, tiny_config
-from qualaminilm import modeling_qualaminilm
+from qualaminilm import kernels_qualaminilm
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
-from qualaminilm.modeling_qualaminilm import (
-    QuaLAMiniLMForQuestionAnswering,
-    QuaLAMiniLMModel,
-    bfloat16_attention,
-    over_rows,
-    select_slots,
-)
+from qualaminilm.dropping_qualaminilm import choose
+from qualaminilm.kernels_qualaminilm import bfloat16_attention, over_rows
+from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering, QuaLAMiniLMModel
 from tests.brute_force import BruteForce
 
 FAMILIES = ("bert", "roberta")
@@ -139,8 +135,8 @@ def test_a_batch_in_parts_is_the_whole_batch(case, tokens):
     inputs = right_padded(model.config, [*lengths, max(lengths), 1], case["seed"])
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         whole = model(*inputs, length_config=length_config, output_kept_tokens=True)
-        patch.setattr(modeling_qualaminilm, "CACHED_TOKENS", tokens)
-        patch.setattr(modeling_qualaminilm, "CACHED_SCORES", 4 * tokens)
+        patch.setattr(kernels_qualaminilm, "CACHED_TOKENS", tokens)
+        patch.setattr(kernels_qualaminilm, "CACHED_SCORES", 4 * tokens)
         parts = model(*inputs, length_config=length_config, output_kept_tokens=True)
         without = model(*inputs, length_config=length_config)
     for name in ("start_logits", "end_logits"):
@@ -170,7 +166,7 @@ def test_a_batch_in_parts_takes_all_that_a_whole_one_takes(rows, monkeypatch):
             return model(attention_mask=mask, length_config=[0.7, 0.7, 0.3], **call).start_logits
 
     whole = [logits(call) for call in calls]
-    monkeypatch.setattr(modeling_qualaminilm, "CACHED_TOKENS", 9 * rows)
+    monkeypatch.setattr(kernels_qualaminilm, "CACHED_TOKENS", 9 * rows)
     for call, expected in zip(calls, whole):
         torch.testing.assert_close(logits(call), expected)
     for call in calls:  # what was passed counts
@@ -303,10 +299,10 @@ def test_linear_layers_see_real_tokens_only(significance):
 
 def test_ties_go_to_the_earlier_token_and_the_first_is_always_kept():
     significance = torch.tensor([[0.0, 2.0, 1.0, 2.0, 1.0], [3.0, 0.0, 0.0, 0.0, 0.0]])
-    slots, alive = select_slots(significance, None, [3, 3])
+    slots, alive = choose(significance, None, [3, 3])
     assert slots.tolist() == [[0, 1, 3], [0, 1, 2]]
     assert alive is None
-    slots, alive = select_slots(significance, torch.tensor([[False, True, True, True, True], [True] * 5]), [2, 4])
+    slots, alive = choose(significance, torch.tensor([[False, True, True, True, True], [True] * 5]), [2, 4])
     assert slots[0, :2].tolist() == [1, 3]
     assert slots[1].tolist() == [0, 1, 2, 3]
     assert alive.tolist() == [[True, True, False, False], [True] * 4]
@@ -336,13 +332,13 @@ def test_a_batch_with_a_row_of_padding_only_runs(significance):
 def test_attention_maps_are_made_only_where_significance_needs_them(monkeypatch, significance, length_config, maps):
     model = tiny_model(significance=significance)
     fused = []
-    original = modeling_qualaminilm.F.scaled_dot_product_attention
+    original = F.scaled_dot_product_attention
 
     def spy(*args, **kwargs):
         fused.append(True)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(modeling_qualaminilm.F, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     input_ids, mask = right_padded(model.config, [8])
     outputs = model(input_ids, mask, length_config=length_config)
     assert len(fused) == 3 - maps  # of three layers, the first and the last drop at [5, 5, 3]

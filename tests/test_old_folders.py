@@ -8,7 +8,7 @@ import torch
 from transformers import pipeline
 
 from conftest import ROOT, TRANSFORMERS_5
-from qualaminilm import modeling_qualaminilm
+from qualaminilm import quantization_qualaminilm
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe.data import load_tokenizer
@@ -26,7 +26,7 @@ def answers(qa, folder):
 @pytest.mark.parametrize("folder", ["int8", "roberta"])
 def test_a_folder_answers_as_when_it_was_written(folder, monkeypatch):
     # As on the machine that wrote it: bfloat16 attention moves a random model's close calls.
-    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(quantization_qualaminilm, "attention_dtype", lambda *_: torch.float32)
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(FOLDERS / folder).eval()
     qa = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(FOLDERS / folder))
     for row, answer in zip(ANSWERS[folder], answers(qa, folder)):

@@ -15,19 +15,12 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from conftest import ROOT, right_padded, run, tiny_config, tiny_folder, trains
-from qualaminilm import modeling_qualaminilm, quantization_qualaminilm
+from qualaminilm import kernels_qualaminilm, quantization_qualaminilm
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.kernels_qualaminilm import PAIR_LIMIT, FloatKernel, OneDNNKernel, onednn_is_exact, sums_exactly
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
-from qualaminilm.quantization_qualaminilm import (
-    PAIR_LIMIT,
-    FloatKernel,
-    OneDNNKernel,
-    QuantizedEmbedding,
-    QuantizedLinear,
-    onednn_is_exact,
-    sums_exactly,
-)
+from qualaminilm.quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear
 from recipe.data import load_tokenizer
 from recipe.evaluate import answer_all
 from recipe.quantize import Values, main, quantize
@@ -88,21 +81,20 @@ def test_a_linear_layer_sums_exact_integer_products(in_features, out_features, t
 @settings(max_examples=40, deadline=None)
 def test_onednn_computes_what_the_float_kernel_does(in_features, out_features, tokens, zero_point, seed):
     # Weights of seven bits saturate on no processor.
-    layers = [random_linear(in_features, out_features, 63, seed + i, input_zero_point=zero_point) for i in range(2)]
+    layer = random_linear(in_features, out_features, 63, seed, input_zero_point=zero_point)
     following = random_linear(out_features, 3, 63, input_scale=0.1, input_zero_point=20, smooth=seed % 2)
     generator = torch.Generator().manual_seed(seed)
     quantized = torch.randint(0, 256, (1, tokens, in_features), generator=generator, dtype=torch.uint8)
-    fast, slow = OneDNNKernel(layers), FloatKernel(layers)
-    expected = torch.cat([integer_twin(layer, quantized) for layer in layers], -1)
+    fast, slow = OneDNNKernel(layer._buffers), FloatKernel(layer._buffers)
+    expected = integer_twin(layer, quantized)
     torch.testing.assert_close(fast(quantized).double(), expected, atol=1e-3, rtol=1e-5)
     torch.testing.assert_close(slow(quantized).double(), expected, atol=1e-3, rtol=1e-5)
     if AVX512:
         assert torch.equal(slow(quantized), fast(quantized))  # to the last bit
     assert fast(quantized, torch.bfloat16).dtype == slow(quantized, torch.bfloat16).dtype == torch.bfloat16
-    fast, slow = OneDNNKernel(layers[:1]), FloatKernel(layers[:1])
-    quantized_gelu = fast.gelu_for(quantized, OneDNNKernel([following]))
-    steps = F.gelu(integer_twin(layers[0], quantized)) / (following.smoothing * following.input_scale).double() + 20
-    for found in (quantized_gelu, slow.gelu_for(quantized, FloatKernel([following]))):
+    quantized_gelu = fast.gelu_for(quantized, OneDNNKernel(following._buffers))
+    steps = F.gelu(integer_twin(layer, quantized)) / (following.smoothing * following.input_scale).double() + 20
+    for found in (quantized_gelu, slow.gelu_for(quantized, FloatKernel(following._buffers))):
         assert found.dtype == torch.uint8
         assert (found.double() - steps.clamp(0, 255)).abs().max() <= 0.501
 
@@ -110,8 +102,8 @@ def test_onednn_computes_what_the_float_kernel_does(in_features, out_features, t
 @has_qlinear
 @pytest.mark.parametrize("tokens", [0, 1, 15, 16, 33, 600])
 def test_onednn_computes_the_same_wherever_its_input_stands(tokens):
-    layers = [random_linear(24, 10, 63)]
-    fast, slow = OneDNNKernel(layers), FloatKernel(layers)
+    layer = random_linear(24, 10, 63)
+    fast, slow = OneDNNKernel(layer._buffers), FloatKernel(layer._buffers)
     hidden_states = torch.randn(3, tokens, 24, generator=torch.Generator().manual_seed(tokens))
     with_room = fast.quantize(hidden_states)
     larger = torch.randint(0, 256, (2, tokens + 5, 24), dtype=torch.uint8)
@@ -129,13 +121,16 @@ def test_onednn_computes_the_same_wherever_its_input_stands(tokens):
 
 
 def test_layers_that_read_one_input_must_quantise_it_alike():
-    layers = [random_linear(4, 4), random_linear(4, 4, input_scale=0.06)]
-    with pytest.raises(ValueError, match="theirs differ in input_scale"):
-        FloatKernel(layers)
-    layers = [random_linear(4, 4), random_linear(4, 4)]
-    layers[1].smoothing[2] = 2
-    with pytest.raises(ValueError, match="theirs differ in smoothing"):
-        FloatKernel(layers)
+    _, model = int8_model()
+    input_ids, _ = right_padded(model.config, [9])
+    attention = model.bert.encoder.layer[1].attention.self
+    for buffer in (attention.key.input_scale, attention.value.smoothing[2:3], attention.query.input_zero_point):
+        before = buffer.clone()
+        buffer.mul_(2)
+        with pytest.raises(ValueError, match="layers that read one input round it differently: .* of query, key"):
+            model(input_ids)
+        buffer.copy_(before)
+    assert torch.isfinite(model(input_ids).start_logits).all()
 
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(0, 2**31))
@@ -148,7 +143,7 @@ def test_stored_integers_are_the_nearest_and_reach_127(rows, columns, seed):
     assert (error <= embedding.weight_scale[:, None] / 2 * 1.001).all()
     assert (embedding.weight[1:].abs().amax(1) == 127).all() and (embedding.weight[0] == 0).all()
     ids = torch.arange(rows).expand(2, -1)
-    assert torch.equal(embedding(ids), embedding.dequantize()(ids))
+    assert torch.equal(embedding(ids), F.embedding(ids, embedding.dequantized_weight()))
 
 
 def has_one_outcome(model, input_ids, mask, length_config):
@@ -159,7 +154,7 @@ def has_one_outcome(model, input_ids, mask, length_config):
 @pytest.mark.parametrize("length_config", ["full", [0.8, 0.5, 0.3]])
 @pytest.mark.parametrize("family, significance", KINDS)
 def test_the_int8_model_equals_the_brute_force_twin(family, significance, length_config, monkeypatch):
-    monkeypatch.setattr(modeling_qualaminilm, "attention_dtype", lambda *_: torch.float32)
+    monkeypatch.setattr(quantization_qualaminilm, "attention_dtype", lambda *_: torch.float32)
     _, model = int8_model(family, significance)
     # Rows of which no activation stands so near the middle of two steps that it may go either way.
     drawn = (right_padded(model.config, [8, 5], seed) for seed in range(100))
@@ -320,11 +315,11 @@ def answers_of(model, input_ids, mask, call):
 @pytest.mark.parametrize("with_amx, with_avx512", [(False, False), (False, True), (True, False)])
 def test_whether_the_processor_multiplies_bfloat16_is_known_by_every_torch(with_amx, with_avx512, monkeypatch):
     def answer():
-        quantization_qualaminilm.cpu_multiplies_bfloat16.cache_clear()
-        cpu = quantization_qualaminilm.attention_dtype(torch.device("cpu"))
+        kernels_qualaminilm.cpu_multiplies_bfloat16.cache_clear()
+        cpu = kernels_qualaminilm.attention_dtype(torch.device("cpu"))
         # What is a host's processor to a GPU?
-        assert quantization_qualaminilm.attention_dtype(torch.device("cuda")) == torch.float32
-        assert quantization_qualaminilm.cpu_multiplies_bfloat16() == (cpu == torch.bfloat16)
+        assert kernels_qualaminilm.attention_dtype(torch.device("cuda")) == torch.float32
+        assert kernels_qualaminilm.cpu_multiplies_bfloat16() == (cpu == torch.bfloat16)
         return cpu == torch.bfloat16
 
     try:
@@ -339,7 +334,7 @@ def test_whether_the_processor_multiplies_bfloat16_is_known_by_every_torch(with_
         monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
         assert not answer()
     finally:
-        quantization_qualaminilm.cpu_multiplies_bfloat16.cache_clear()
+        kernels_qualaminilm.cpu_multiplies_bfloat16.cache_clear()
 
 
 def test_an_int8_model_counts_its_parameters_and_is_not_resized():
@@ -536,7 +531,7 @@ def test_both_kernels_give_the_shipped_model_s_answers(hundred_questions, monkey
 
     expected = [answers(model, length_config) for length_config in ("full", "fastest")]
     assert isinstance(model.bert.encoder.layer[0].output.dense.kernel(), OneDNNKernel)
-    monkeypatch.setattr(quantization_qualaminilm, "runs_on_onednn", lambda linears: False)
+    monkeypatch.setattr(kernels_qualaminilm, "runs_on_onednn", lambda weight: False)
     found = [answers(without, length_config) for length_config in ("full", "fastest")]
     for one, other in zip(found, expected):
         assert sum(map(operator.ne, one, other)) <= (0 if AVX512 else 8)

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoTokenizer, pipeline
 
 from conftest import ROOT, once, right_padded
+from qualaminilm.kernels_qualaminilm import FloatKernel, OneDNNKernel
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
-from qualaminilm.quantization_qualaminilm import FloatKernel, OneDNNKernel
 from tests.test_quantization import int8_model, random_linear
 from tests.test_readme import block
 
@@ -124,7 +124,7 @@ def test_kernels_made_in_inference_mode_serve_outside_it(weights):
 def test_autocast_leaves_integer_products_exact(kernel):
     linear = random_linear(64, 32)
     quantized = torch.randint(0, 256, (7, 64), dtype=torch.uint8)
-    made = kernel([linear])
+    made = kernel(linear._buffers)
     expected = made(quantized)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(made(quantized), expected)
@@ -136,7 +136,7 @@ def test_a_kernel_is_exact_whatever_torch_s_default_dtype_is(kernel):
     hidden_states = torch.randn(7, 64)
 
     def product():
-        made = kernel([linear])
+        made = kernel(linear._buffers)
         return made(made.quantize(hidden_states))
 
     expected = product()
