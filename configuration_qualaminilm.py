@@ -1,7 +1,6 @@
-"""Sizes of a QuaLA-MiniLM, and the files of a folder that holds one."""
+"""Configuration of a QuaLA-MiniLM, and the code that a folder carries beside it."""
 
 import copy
-import functools
 import hashlib
 import importlib.metadata
 import json
@@ -13,9 +12,10 @@ from pathlib import Path
 
 import transformers
 from transformers import PretrainedConfig
-from transformers.utils import CONFIG_NAME, TRANSFORMERS_DYNAMIC_MODULE_NAME, cached_file
+from transformers.utils import CONFIG_NAME, TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from .length_configs_qualaminilm import PRESETS_FILE, LengthConfigs, is_number, is_plain_name, read_presets, require
+from .files_qualaminilm import stored_file, weights_sha256, write_whole
+from .length_configs_qualaminilm import PRESETS_FILE, LengthConfigs, is_number, read_presets, require
 
 OLDEST = {"torch": (2, 8), "transformers": (4, 57)}
 
@@ -41,9 +41,9 @@ def installed(package):
 # Here, since transformers imports this file before any other; above stands only what old versions have too.
 require_versions(torch=installed("torch"), transformers=transformers.__version__)
 
-WEIGHTS_PATTERN = "model*.safetensors"
 PARTS = (
     "length_configs",
+    "files",
     "configuration",
     "dropping",
     "kernels",
@@ -90,7 +90,7 @@ ARCHITECTURE = (
     "pad_token_id",
     "embedding_type",
     "significance",
-    "int8_storage",
+    "int8_weights",
 )
 DTYPES = ("float16", "bfloat16", "float32", "float64")
 
@@ -111,12 +111,13 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
             [`QuaLAMiniLMConfig.token_lengths`].
         length_presets (`dict`): name -> preset, as in the `presets` of `length_configs.json`. `"full"`, which drops
             nothing, is always among them. Kept in `length_configs.json`, never in `config.json`.
-        int8_storage (`dict` of `str`): how int8 weights are stored, in words; `None`: the weights are floats.
+        int8_weights (`bool`): the weights are stored as quantization_qualaminilm.py says; else they are floats.
         no_answer_threshold (`float`): below this evidence, in log units, a text does not answer; `None`, 0: below that
             of its null.
         answerable_calibration (`list` of two `float`): slope and intercept of the logistic function that makes the
             best evidence how sure it is that a text answers; `None`, 1 and 0: the model's own probability, of one
             window.
+        int8_storage: what `config.json` said in int8_weights' place before there was that.
         architecture_sha256, weights_sha256: of `config.json`; see [`QuaLAMiniLMConfig.write_checksums`]. The first is
             compared with the fields here, the second with the files when they are loaded. Neither is kept, so that
             none is ever written that is not of what stands beside it.
@@ -147,9 +148,10 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         significance="learned",
         length_config="full",
         length_presets=None,
-        int8_storage=None,
+        int8_weights=False,
         no_answer_threshold=None,
         answerable_calibration=None,
+        int8_storage=None,
         architecture_sha256=None,
         weights_sha256=None,
         **kwargs,
@@ -170,12 +172,16 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         self.embedding_type = embedding_type
         self.significance = significance
         self.length_config = length_config
-        self.int8_storage = int8_storage
+        legal = isinstance(int8_storage, dict) and int8_storage and all(map(is_str, int8_storage.values()))
+        require("int8_storage", int8_storage, int8_storage is None or legal, "None or a dict of str")
+        require("int8_weights", int8_weights, isinstance(int8_weights, bool), "a bool")
+        self.int8_weights = int8_weights or int8_storage is not None
         self.no_answer_threshold = no_answer_threshold
         self.answerable_calibration = answerable_calibration
         self._check_fields(kwargs)
         self.length_presets = self.checked_presets(length_presets)
-        if architecture_sha256 is not None and architecture_sha256 != self.sha256_of_architecture():
+        known = self.sha256_of_architecture(), self.sha256_of_architecture(int8_weights=int8_storage)
+        if architecture_sha256 is not None and architecture_sha256 not in known:
             raise ValueError(
                 f"architecture_sha256 is {architecture_sha256!r}, which is not that of {', '.join(ARCHITECTURE)}: "
                 f"{CONFIG_NAME} was changed after the weights were saved. If it was meant, delete architecture_sha256"
@@ -209,9 +215,6 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         if pad is not None or self.embedding_type == "roberta":
             legal = is_number(pad, Integral) and 0 <= pad < self.vocab_size
             require("pad_token_id", pad, legal, f"an int from 0 to {self.vocab_size - 1}")
-        storage = self.int8_storage
-        legal = isinstance(storage, dict) and storage and all(isinstance(each, str) for each in storage.values())
-        require("int8_storage", storage, storage is None or legal, "None or a dict of str")
         threshold, calibration = self.no_answer_threshold, self.answerable_calibration
         require("no_answer_threshold", threshold, threshold is None or is_finite(threshold), "None or a finite number")
         legal = isinstance(calibration, list) and len(calibration) == 2 and all(map(is_finite, calibration))
@@ -220,14 +223,14 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         model_type = others.get("model_type", self.model_type)
         require("model_type", model_type, isinstance(model_type, str), "a str")
         architectures, dtype = others.get("architectures"), others.get("dtype")
-        legal = isinstance(architectures, list) and all(isinstance(each, str) for each in architectures)
+        legal = isinstance(architectures, list) and all(map(is_str, architectures))
         require("architectures", architectures, architectures is None or legal, "a list of str")
         legal = (dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")) in DTYPES
         require("dtype", dtype, dtype is None or legal, f"one of {DTYPES}")
 
-    def sha256_of_architecture(self):
-        """SHA-256, in hex, of the fields that the weights mean nothing without."""
-        fields = json.dumps([getattr(self, name) for name in ARCHITECTURE], sort_keys=True)
+    def sha256_of_architecture(self, **others):
+        """SHA-256, in hex, of the fields that the weights mean nothing without, or of `others` in their place."""
+        fields = json.dumps([others.get(name, getattr(self, name)) for name in ARCHITECTURE], sort_keys=True)
         return hashlib.sha256(fields.encode()).hexdigest()
 
     @classmethod
@@ -315,7 +318,7 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         for name, text in self.code().items():
             path = Path(folder) / name
             if not path.is_file() or path.resolve() != _beside(name).resolve():
-                write_beside_then_rename(path, text)
+                write_whole(path, text.encode())
 
     def code(self):
         """Texts of the model's code, a `dict` of `str` by file name, in the order of `CARRIED`.
@@ -338,7 +341,7 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
     def save_presets(self, folder):
         """Writes `length_presets` into the folder, as `length_configs.json`."""
         content = {"num_hidden_layers": self.num_hidden_layers, "presets": self.length_presets}
-        write_beside_then_rename(Path(folder) / PRESETS_FILE, json.dumps(content, indent=2) + "\n")
+        write_whole(Path(folder) / PRESETS_FILE, (json.dumps(content, indent=2) + "\n").encode())
 
     def write_checksums(self, folder):
         """Writes into the `config.json` of `folder` what tells later that it and the weights beside it are whole, and
@@ -349,7 +352,7 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
             return
         checksums = {"architecture_sha256": self.sha256_of_architecture(), "weights_sha256": weights_sha256(folder)}
         fields = json.loads(path.read_text(encoding="utf-8")) | checksums
-        write_beside_then_rename(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+        write_whole(path, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
 
 
 def keep_code(repository, **where):
@@ -378,84 +381,9 @@ def _beside(name):
     return Path(__file__).with_name(name)
 
 
-def check_weights(repository, **where):
-    """Compares a repository's weights with the `weights_sha256` of its `config.json`, if it has any.
-
-    Args:
-        repository (`str`, path or `None`): as in `from_pretrained`, which has been through it: what a Hub repository
-            has is in the cache. `where` are `cached_file`'s arguments.
-
-    Raises:
-        ValueError: a file has another checksum, or `weights_sha256` is no object of checksums by file name.
-    """
-    if repository is None:  # weights that were given, not read
-        return
-    try:
-        path = stored_file(repository, CONFIG_NAME, local_files_only=True, **where)
-        checksums = path and json.loads(Path(path).read_text(encoding="utf-8")).get("weights_sha256")
-    except (AttributeError, OSError, RecursionError, ValueError):  # loading has complained of it already
-        return
-    if checksums is None:
-        return
-    legal = isinstance(checksums, dict) and all(map(is_plain_name, checksums))
-    require(f"weights_sha256 in {path}", checksums, legal, "an object of SHA-256 checksums by file name")
-    for name, checksum in checksums.items():
-        file = Path(path).with_name(name)
-        if file.is_file() and _sha256_known(file) != checksum:
-            raise ValueError(
-                f"{file} is not the file that weights_sha256 in {path} states: it is damaged, cut short, a Git LFS "
-                f"pointer, or holds other weights. Get both files again; if it was meant, delete weights_sha256"
-            )
-
-
-def weights_sha256(folder):
-    """SHA-256 of each safetensors file of weights in `folder`, a `dict` of `str` by file name."""
-    return {each.name: file_sha256(each) for each in sorted(Path(folder).glob(WEIGHTS_PATTERN))}
-
-
-def holds_weights(folder, checksums):
-    """Whether files of weights stand in `folder` that have the `checksums`, an object of SHA-256 by file name."""
-    if not (checksums and isinstance(checksums, dict) and all(map(is_plain_name, checksums))):
-        return False
-    files = {Path(folder, name): checksum for name, checksum in checksums.items()}
-    return all(file.is_file() and _sha256_known(file) == checksum for file, checksum in files.items())
-
-
-def _sha256_known(path):
-    """[`file_sha256`] of a file of weights, read anew only if it is another than when this process last asked."""
-    path = Path(path).resolve()
-    stat = path.stat()
-    return _sha256_of(path, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-
-
-@functools.lru_cache(maxsize=64)
-def _sha256_of(path, *as_it_stands):
-    return file_sha256(path)
-
-
-def file_sha256(path):
-    """SHA-256 of the file's bytes, in hex: what `sha256sum` prints, and the Hub for a large file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def stored_file(repository, name, **where):
-    """Path of the file `name` of a repository, or beside the file `repository`; `None` where there is none."""
-    if os.path.isfile(repository):
-        beside = Path(repository).parent / name
-        return beside if beside.is_file() else None
-    return cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **where)
-
-
 def is_finite(value):
     return is_number(value) and math.isfinite(value)
 
 
-def write_beside_then_rename(path, text):
-    """Writes `text` to `path` so that at any moment it holds the old text or the new, whole."""
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+def is_str(value):
+    return isinstance(value, str)

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard, ModelCardData, snapshot_download
 from safetensors.torch import load_file
 from transformers import AutoConfig, PretrainedConfig
 
-from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig, is_plain_name, require
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.length_configs_qualaminilm import is_plain_name, require
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import load_tokenizer
 from recipe.results import whole_folder

@@ -235,6 +235,11 @@ class Stage(NamedTuple):
     positions: Optional[torch.Tensor]
 
 
+def has_gaps(real):
+    """Whether in any row padding comes before a real token."""
+    return bool((real[:, 1:] > real[:, :-1]).any())
+
+
 def pack(states, real):
     """The real tokens of `states` (batch, sequence, hidden) side by side, so that a token's neighbours are those that
     are real: a [`Stage`], and which of its slots are alive."""
@@ -276,6 +281,16 @@ def kept_positions(stage, alive, count, length):
         return positions
     ascending = positions.masked_fill(~alive.to(positions.device), length).sort(-1).values[:, :count]
     return ascending.masked_fill(ascending == length, -1)
+
+
+def join_kept(parts):
+    """The kept tokens of a batch from those of its parts, each layer's padded with -1 to the widest."""
+
+    def join(of_parts):
+        width = max(each.shape[1] for each in of_parts)
+        return torch.cat([F.pad(each, (0, width - each.shape[1]), value=-1) for each in of_parts])
+
+    return tuple(map(join, zip(*parts)))
 
 
 def real_tokens(attention_mask, shape):

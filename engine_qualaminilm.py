@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from transformers.utils import logging
 
-from .configuration_qualaminilm import holds_weights, stored_file
+from .files_qualaminilm import holds_weights, stored_file, whole_file
 from .graph_qualaminilm import GRAPH_FILE, Graph, Unusable, import_onnxruntime
 
 logger = logging.get_logger(__name__)
@@ -47,7 +47,7 @@ def find_engine(engine, model, repository, **where):
 
 def find_graph(model, repository, where):
     """Path of the graph beside the weights of a repository, which is asked for it only if it could be used."""
-    if not model.config.int8_storage:
+    if not model.config.int8_weights:
         raise Unusable("the weights are floats: its graph is made of int8 weights")
     import_onnxruntime()
     path = None
@@ -88,8 +88,8 @@ class GraphEngine:
         if self.graph.metadata.get("architecture_sha256") != model.config.sha256_of_architecture():
             raise Unusable(f"{path} is of another architecture than the model")
         self.modules = [*model.modules()]
-        self.rooms = [room for each in self.modules for room in (each._modules, each._parameters, each._buffers)]
-        self.held = [*chain.from_iterable(map(dict.values, self.rooms))]
+        self.registries = [of for each in self.modules for of in (each._modules, each._parameters, each._buffers)]
+        self.held = [*chain.from_iterable(map(dict.values, self.registries))]
         self.tensors = [each for each in self.held if isinstance(each, torch.Tensor)]
         self.parameters = [*model.parameters()]
         if not is_loaded_from(model, [folder / name for name in weights]):
@@ -132,7 +132,7 @@ class GraphEngine:
         return self._is_intact()
 
     def _is_intact(self):
-        now = [*chain.from_iterable(map(dict.values, self.rooms))]
+        now = [*chain.from_iterable(map(dict.values, self.registries))]
         return len(now) == len(self.held) and all(map(operator.is_, now, self.held)) and self._state() == self.state
 
     def _first_state(self):
@@ -151,9 +151,8 @@ class GraphEngine:
         beside = holds_weights(folder, json.loads(self.graph.metadata["weights_sha256"]))
         if beside and os.path.isfile(self.graph.path) and not (path.exists() and path.samefile(self.graph.path)):
             path.parent.mkdir(exist_ok=True)
-            unfinished = path.with_name(path.name + ".unfinished")
-            shutil.copyfile(self.graph.path, unfinished)
-            os.replace(unfinished, path)
+            with whole_file(path) as copy, open(self.graph.path, "rb") as graph:
+                shutil.copyfileobj(graph, copy)
 
     def __getstate__(self):
         return self.__dict__ | {"state": self.state is not None and self._is_intact()}

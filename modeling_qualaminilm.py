@@ -6,6 +6,7 @@ dropping_qualaminilm.py, the layers over int8 weights in quantization_qualaminil
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Optional
 
 import torch
@@ -18,12 +19,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_qualaminilm import QuaLAMiniLMConfig, check_weights, require
+from .configuration_qualaminilm import QuaLAMiniLMConfig, require
 from .dropping_qualaminilm import (
     DroppingLayer,
     QuaLAMiniLMScorer,
     Stage,
     attend,
+    has_gaps,
+    join_kept,
     kept_positions,
     on_tokens,
     pack,
@@ -31,6 +34,7 @@ from .dropping_qualaminilm import (
     restore,
 )
 from .engine_qualaminilm import ENGINES, find_engine
+from .files_qualaminilm import check_weights
 from .graph_qualaminilm import Graph  # noqa: F401  transformers 4.57 copies a local file's own imports alone
 from .kernels_qualaminilm import rows_at_once, split_rows
 from .quantization_qualaminilm import Int8Layer, Int8Model, QuantizedEmbedding
@@ -81,7 +85,7 @@ class QuaLAMiniLMEmbeddings(nn.Module):
         self.roberta = config.embedding_type == "roberta"
         self.padding_idx = config.pad_token_id
         self.first_position = config.first_position
-        kind, size = QuantizedEmbedding if config.int8_storage else nn.Embedding, config.hidden_size
+        kind, size = QuantizedEmbedding if config.int8_weights else nn.Embedding, config.hidden_size
         self.word_embeddings = kind(config.vocab_size, size, padding_idx=config.pad_token_id)
         self.position_embeddings = kind(config.max_position_embeddings, size)
         self.token_type_embeddings = kind(config.type_vocab_size, size)
@@ -128,13 +132,9 @@ class QuaLAMiniLMSelfAttention(nn.Module):
         held, asking = (None, None) if self.training else (alive, asking)
         query = on_tokens(self.query, asking, queries)
         key, value = on_tokens(lambda states: (self.key(states), self.value(states)), held, hidden_states)
-        return attend(
-            query, key, value, alive, self.num_attention_heads, self._fused, self.dropout if with_map else None
-        )
-
-    def _fused(self, query, key, value, mask):
-        dropout = self.dropout.p if self.training else 0.0
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        fused = partial(F.scaled_dot_product_attention, dropout_p=self.dropout.p if self.training else 0.0)
+        map_dropout = self.dropout if with_map else None
+        return attend(query, key, value, alive, self.num_attention_heads, fused, map_dropout)
 
 
 class QuaLAMiniLMResidual(nn.Module):
@@ -184,8 +184,7 @@ class QuaLAMiniLMLayer(DroppingLayer, GradientCheckpointingLayer):
 
 
 class Encoded(NamedTuple):
-    """What the encoder hands back: its stages, to be restored, and on request the other outputs of
-    [`QuaLAMiniLMModelOutput`], `None` unasked."""
+    """The encoder's stages, to be restored, and on request other outputs of [`QuaLAMiniLMModelOutput`]."""
 
     stages: list
     hidden_states: Optional[tuple]
@@ -196,7 +195,7 @@ class Encoded(NamedTuple):
 class QuaLAMiniLMEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
-        kind = Int8Layer if config.int8_storage else QuaLAMiniLMLayer
+        kind = Int8Layer if config.int8_weights else QuaLAMiniLMLayer
         self.layer = nn.ModuleList([kind(config) for _ in range(config.num_hidden_layers)])
 
     def forward(self, hidden_states, real, lengths, with_maps, output_hidden_states, output_kept_tokens):
@@ -240,11 +239,6 @@ class QuaLAMiniLMEncoder(nn.Module):
             attentions if with_maps else None,
             kept_tokens if output_kept_tokens else None,
         )
-
-
-def has_gaps(real):
-    """Whether in any row padding comes before a real token."""
-    return bool((real[:, 1:] > real[:, :-1]).any())
 
 
 class QuaLAMiniLMPreTrainedModel(Int8Model, PreTrainedModel):
@@ -383,15 +377,9 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
             each if each is None else each.expand(batch, length, *each.shape[2:])
             for each in (real, input_ids, token_type_ids, position_ids, inputs_embeds)
         )
+        options = lengths, with_maps, output_hidden_states, output_kept_tokens
         encoded = [
-            self.encoder(
-                self.embeddings(*part),
-                None if real is None or real.all() else real,
-                lengths,
-                with_maps,
-                output_hidden_states,
-                output_kept_tokens,
-            )
+            self.encoder(self.embeddings(*part), None if real is None or real.all() else real, *options)
             for real, *part in split_rows(rows, *inputs)
         ]
         last_hidden_state = None
@@ -405,16 +393,6 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
             attentions=encoded[0].attentions if output_attentions else None,
             kept_tokens=join_kept([part.kept_tokens for part in encoded]) if output_kept_tokens else None,
         )
-
-
-def join_kept(parts):
-    """The kept tokens of a batch from those of its parts, each layer's padded with -1 to the widest."""
-
-    def join(of_parts):
-        width = max(each.shape[1] for each in of_parts)
-        return torch.cat([F.pad(each, (0, width - each.shape[1]), value=-1) for each in of_parts])
-
-    return tuple(map(join, zip(*parts)))
 
 
 class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):

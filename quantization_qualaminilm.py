@@ -6,6 +6,9 @@ its `smoothing` first, by which the weights were multiplied (SmoothQuant, Xiao e
 
     output = (quantized - input_zero_point) @ weight.T * weight_scale * input_scale + bias
     quantized = clamp(round(input / (smoothing * input_scale)) + input_zero_point, 0, 255)
+
+The float weights that it stands for are weight * weight_scale[:, None] / smoothing, an embedding's weight *
+weight_scale[:, None].
 """
 
 import torch
@@ -15,13 +18,6 @@ from transformers.activations import ACT2FN
 
 from .dropping_qualaminilm import DroppingLayer, QuaLAMiniLMScorer, attend, on_tokens
 from .kernels_qualaminilm import CACHED_SCORES, attention_dtype, cached_attention, make_kernel, neighbours, over_rows
-
-# What config.json says of the stored tensors, for readers that are not this code.
-INT8_STORAGE = {
-    "linear": "float weight = weight * weight_scale[:, None] / smoothing; "
-    "input = (uint8 - input_zero_point) * input_scale * smoothing",
-    "embedding": "float weight = weight * weight_scale[:, None]",
-}
 
 
 class Int8Weight(nn.Module):
@@ -248,7 +244,7 @@ def is_plain(module):
 
 
 class Int8Model:
-    """What a [`PreTrainedModel`] of int8 weights, `config.int8_storage`, does differently."""
+    """What a [`PreTrainedModel`] of int8 weights, `config.int8_weights`, does differently."""
 
     def dequantize(self, dtype=None):
         """Puts float weights in the place of int8 ones: to train, to save, or to run on a GPU.
@@ -262,10 +258,10 @@ class Int8Model:
         Raises:
             ValueError: its weights are floats already, as in transformers.
         """
-        if not self.config.int8_storage:
+        if not self.config.int8_weights:
             raise ValueError("the weights are floats: you need to first quantize your model in order to dequantize it")
         state = float_state(self)
-        self.config.int8_storage = None
+        self.config.int8_weights = False
         with torch.device("meta"):
             floats = type(self)(self.config)
         floats.load_state_dict(state, assign=True)
@@ -279,14 +275,14 @@ class Int8Model:
         Raises:
             ValueError: `mode` with int8 weights, which cannot learn.
         """
-        if mode and self.config.int8_storage:
+        if mode and self.config.int8_weights:
             raise ValueError("int8 weights cannot be trained: call dequantize() first")
         return super().train(mode)
 
     def num_parameters(self, only_trainable=False, exclude_embeddings=False):
         """As in [`PreTrainedModel`]: int8 weights count as the floats that they stand for, of which none learns."""
         count = super().num_parameters(only_trainable, exclude_embeddings)
-        if not self.config.int8_storage:
+        if not self.config.int8_weights:
             return count
         if only_trainable:
             return 0
@@ -301,7 +297,7 @@ class Int8Model:
         Raises:
             ValueError: the weights are int8.
         """
-        if self.config.int8_storage:
+        if self.config.int8_weights:
             raise ValueError("int8 embeddings cannot be resized: call dequantize() first")
         return super().resize_token_embeddings(*args, **kwargs)
 

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 SIZES = "num_hidden_layers hidden_size intermediate_size type_vocab_size max_position_embeddings".split()
 
 
-def room(name):
+def sibling(name):
     """The module `name` of the folder that this file stands in. Its modules import each other as those of a package,
     which is no other folder's."""
     package = f"qualaminilm_{hashlib.sha256(str(HERE).encode()).hexdigest()[:16]}"
@@ -36,7 +36,7 @@ def room(name):
     return importlib.import_module(f"{package}.{name}_qualaminilm")
 
 
-length_configs, graph, reading = (room(name) for name in ("length_configs", "graph", "reading"))
+length_configs, graph, reading = (sibling(name) for name in ("length_configs", "graph", "reading"))
 
 
 class Reader(length_configs.LengthConfigs):

@@ -305,15 +305,15 @@ class Reading:
         ids, type_ids = np.array(around.ids, dtype=np.int64), np.array(around.type_ids, dtype=np.int64)
         ids_around = ids[:first], ids[first + length :]
         type_ids_around = type_ids[:first], type_ids[first + length :]
-        room = max_seq_len - len(sequence_ids) + length
-        stride = self._checked_stride(doc_stride, max_seq_len, room, n, sequence_ids.count(0))
-        longest = max_seq_len if padding == "max_length" else min(max_seq_len, max_seq_len - room + n)
+        fitting = max_seq_len - len(sequence_ids) + length
+        stride = self._checked_stride(doc_stride, max_seq_len, fitting, n, sequence_ids.count(0))
+        longest = max_seq_len if padding == "max_length" else min(max_seq_len, max_seq_len - fitting + n)
         if longest > self.positions:
             raise ValueError(
                 f"`max_seq_len` ({max_seq_len}) allows an input {longest} tokens long, the model has positions for "
                 f"{self.positions}"
             )
-        spans = [(start, min(start + room, n)) for start in range(0, max(1, n - stride), room - stride)]
+        spans = [(start, min(start + fitting, n)) for start in range(0, max(1, n - stride), fitting - stride)]
         if from_the_end:
             spans = [(n - end, n - start) for start, end in spans]
         return [
@@ -338,24 +338,24 @@ class Reading:
         return question if len(offsets) <= max_question_len else question[: offsets[max_question_len - 1][1]]
 
     @staticmethod
-    def _checked_stride(doc_stride, max_seq_len, room, context_length, question_length):
-        """Tokens that neighbouring windows share, if `room` of a context's tokens fit in each."""
+    def _checked_stride(doc_stride, max_seq_len, fitting, context_length, question_length):
+        """Tokens that neighbouring windows share, if `fitting` of a context's tokens fit in each."""
         stride = min(max_seq_len // 2, 128) if doc_stride is None else doc_stride
         if stride > max_seq_len:
             raise ValueError(f"`doc_stride` ({stride}) is larger than `max_seq_len` ({max_seq_len})")
-        if room < 1:
+        if fitting < 1:
             raise ValueError(
                 f"`question` is {question_length} tokens long, which leaves no room for the context in `max_seq_len` "
                 f"({max_seq_len})"
             )
-        if stride < room:
+        if stride < fitting:
             return stride
         if doc_stride is None:
-            return room // 2
-        if context_length <= room:
+            return fitting // 2
+        if context_length <= fitting:
             return 0
         raise ValueError(
-            f"`doc_stride` ({stride}) is not smaller than the {room} tokens of context that fit in `max_seq_len` "
+            f"`doc_stride` ({stride}) is not smaller than the {fitting} tokens of context that fit in `max_seq_len` "
             f"({max_seq_len}) beside the question"
         )
 

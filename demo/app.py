@@ -8,8 +8,8 @@ import gradio as gr
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
+from recipe import ROOT
 from recipe.data import load_tokenizer
-from recipe.evaluate import ROOT
 from recipe.survivors import surviving_tokens
 
 QUESTION = "Why were pyramids built rather than other shapes?"

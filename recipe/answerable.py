@@ -23,12 +23,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig, write_beside_then_rename
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.files_qualaminilm import whole_file, write_whole
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.spans_qualaminilm import WindowSpans
+from recipe import ROOT
 from recipe.data import file_sha256, groups, load_tokenizer
-from recipe.evaluate import ROOT, scores_by_question
+from recipe.evaluate import scores_by_question
 from recipe.presets import parse_length_config
 from recipe.results import describe_run, save_figure, write_json
 from recipe.windows import validation_tables
@@ -155,10 +157,8 @@ def logits_of(pipeline, asked, length_config, folder):
                 of_batch = pipeline.forward([flat[place] for place in batch], length_config=length_config)
                 for place, logits in zip(batch, of_batch):
                     found[place] = logits
-            unfinished = file.with_name(file.name + ".unfinished")
-            with unfinished.open("wb") as stream:
+            with whole_file(file) as stream:
                 np.save(stream, np.concatenate(found, axis=1))
-            unfinished.replace(file)
         ends = np.cumsum([len(window.scored()) for window in flat])
         logits = iter(np.split(np.load(file), ends[:-1], axis=1))
         for of_text in windows:
@@ -292,7 +292,7 @@ def record(folder, threshold, calibration):
     QuaLAMiniLMConfig.from_pretrained(folder, **settled)
     path = Path(folder) / "config.json"
     fields = json.loads(path.read_text(encoding="utf-8")) | settled
-    write_beside_then_rename(path, json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    write_whole(path, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
 
 
 def main():

@@ -16,9 +16,9 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import pipeline
 
+from recipe import ROOT
 from recipe.documents import texts
 
-ROOT = Path(__file__).resolve().parent.parent
 TOGETHER = 32  # texts that are answered at once
 LINE = 100  # characters of the line shown around an answer
 

@@ -36,8 +36,9 @@ from qualaminilm.graph_qualaminilm import import_onnxruntime
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.quantization_qualaminilm import QuantizedLinear
+from recipe import ROOT
 from recipe.data import file_sha256, identities, load_tokenizer, read_sources, with_answers
-from recipe.evaluate import ROOT, answer_all, score
+from recipe.evaluate import answer_all, score
 from recipe.export import build_graph, export_beside_weights
 from recipe.peers import (
     onnx_file,
@@ -356,7 +357,7 @@ def main():
     data = identities(arguments.data)
     refuse_test_sets("--data", arguments.data)
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, engine="torch")
-    if not model.config.int8_storage:
+    if not model.config.int8_weights:
         raise ValueError(f"--model {arguments.model} has float weights, expected int8 ones (recipe.quantize)")
     tokenizer = load_tokenizer(arguments.model)
     questions = with_answers(read_sources(arguments.data, "validation")).shuffle(seed=0)

@@ -12,9 +12,9 @@ from pathlib import Path
 import onnx
 
 from qualaminilm.graph_qualaminilm import GRAPH_FILE
+from recipe import ROOT
 from recipe.results import whole_folder
 
-ROOT = Path(__file__).resolve().parent.parent
 LENGTH_CONFIG = "length_config"
 SOURCE = ROOT / "demo" / "browser"
 PAGE = ("index.html", "page.css", "page.js", "texts.js", "worker.js", "qualaminilm")

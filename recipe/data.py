@@ -12,7 +12,8 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig
 
-from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig, file_sha256
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
+from qualaminilm.files_qualaminilm import file_sha256
 
 VALIDATION_PERCENT = 5
 SPLITS = ("all", "train", "validation")

@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
+from recipe import ROOT
 from recipe.data import SOURCE, SPLITS, file_sha256, identities, load_tokenizer, read_sources, with_answers
 from recipe.presets import parse_length_config, record_scores
 from recipe.results import describe_run, write_json
 from recipe.test_sets import is_test_set
 
-ROOT = Path(__file__).resolve().parent.parent
 TEST_LOG = ROOT / "results" / "test-runs.jsonl"
 
 # Tokens, as in the usual evaluation of BERT on SQuAD; the pipeline's own default is 15.

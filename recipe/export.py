@@ -13,7 +13,6 @@ would freeze it.
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -24,13 +23,13 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import BertConfig, RobertaConfig
 from transformers.activations import GELUActivation
 
-from qualaminilm.configuration_qualaminilm import weights_sha256
+from qualaminilm.files_qualaminilm import weights_sha256, whole_file
 from qualaminilm.graph_qualaminilm import GRAPH_FILE, MOST
 from qualaminilm.kernels_qualaminilm import PAIR_LIMIT, neighbours
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear
+from recipe import ROOT
 from recipe.data import load_tokenizer
-from recipe.evaluate import ROOT
 from recipe.presets import parse_length_config
 from recipe.results import whole_folder
 
@@ -457,13 +456,12 @@ def export_beside_weights(folder):
         ValueError: its weights are floats, or see [`build_graph`].
     """
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(folder)
-    if not model.config.int8_storage:
+    if not model.config.int8_weights:
         raise ValueError(f"the weights of {folder} are floats: store them in int8 first, or name an output_dir")
     path = Path(folder) / GRAPH_FILE
     path.parent.mkdir(exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    onnx.save(build_graph(model, weights_sha256=weights_sha256(folder)), unfinished)
-    os.replace(unfinished, path)
+    with whole_file(path) as file:
+        onnx.save(build_graph(model, weights_sha256=weights_sha256(folder)), file)
     return path
 
 

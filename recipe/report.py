@@ -1,4 +1,5 @@
-"""Writes what was measured into README.md: `make report`; `make check-report` fails where the two differ.
+"""Writes what was measured into README.md and the other documents: `make report`; `make check-report` fails where they
+differ.
 
 Between `<!-- report: NAME -->` and `<!-- /report -->` stands a table that a function here makes. A single figure
 stands between `<!-- =FILE.KEY -->` and `<!-- / -->`, FILE being one of results/, KEY a path in it, and `:.1f` after it
@@ -15,8 +16,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from huggingface_hub import EvalResult, ModelCard
 
-from qualaminilm.configuration_qualaminilm import PRESETS_FILE, write_beside_then_rename
-from recipe.evaluate import ROOT
+from qualaminilm.configuration_qualaminilm import PRESETS_FILE
+from qualaminilm.files_qualaminilm import write_whole
+from recipe import ROOT
 from recipe.results import save_figure
 
 BLOCK = re.compile(r"(<!-- report: (\S+) -->\n)(.*?)(<!-- /report -->)", re.DOTALL)
@@ -24,6 +26,7 @@ FIGURE = re.compile(r"(<!-- =([\w-]+)\.([\w.-]+?)(:\S+)? -->)(.*?)(<!-- / -->)",
 CODE = re.compile(r"```.*?```|`[^`]*`", re.DOTALL)
 UNITS = r"F1|EM|ms|MB|MACs|x|times|%"
 PLOT = "assets/f1-latency.png"
+CARD = "README.md"
 MEASURED = re.compile(rf"\d[\d.,]*\**\s*(?:{UNITS})(?!\w)|\b(?:F1|EM)\s+(?:of\s+)?\**\d[\d.]*")
 
 
@@ -49,7 +52,40 @@ def lost(scores, full):
     return f"{100 * (1 - scores['f1'] / full['f1']):z.1f} %"
 
 
+def documents(folder):
+    """The repository's documents, from README.md on."""
+    return [folder / CARD, *sorted(folder.glob("[!.]*/README.md")), *sorted(folder.glob("docs/*.md"))]
+
+
+def card_table(folder):
+    """The model in two of its presets beside what people run otherwise: F1, size and speed."""
+    benchmark, presets, rows = read_results(folder, "benchmark"), read_presets(folder), []
+    measured = timed(benchmark, presets)
+    for shown, name, preset in CARD_ROWS:
+        scores, row = read_results(folder, f"test-int8-{preset}") if preset else None, measured[name]
+        cells = [shown, f"{scores['f1']:.1f} / {scores['em']:.1f}" if scores else "", f"{row['size_mb']:.0f} MB"]
+        for key in ("batch_1", "batch_32", "pipeline"):
+            cells.append(
+                f"{row[key + '_ms']:{'.0f' if row[key + '_ms'] > 100 else '.1f'}} ({row[key + '_speedup']:.1f}x)"
+            )
+        rows.append(cells)
+    header = ["", "F1 / EM", "size", "ms (speed-up), one row", "32 rows", "a usual question"]
+    return markdown_table(header, rows)
+
+
 def presets_table(folder):
+    """The presets as they are shipped: what they cost, and what they lose on the test set."""
+    full, rows = read_results(folder, "test-full"), []
+    for name, preset in read_presets(folder).items():
+        scores = read_results(folder, f"test-int8-{name}")
+        figures = (
+            [f"{scores['f1']:.2f}", f"{scores['em']:.2f}", lost(scores, full)] if scores else ["not measured", "", ""]
+        )
+        rows.append([f'`"{name}"`', f"{preset['macs_share']:.2f}", *figures])
+    return markdown_table(["`length_config`", "share of the work", "F1", "EM", "F1 lost"], rows)
+
+
+def presets_in_full(folder):
     """The presets: the search's validation scores, and test scores in fp32 and int8."""
     presets, searched = read_presets(folder), read_results(folder, "search")["presets"]
     full_on_test = read_results(folder, "test-full")
@@ -70,6 +106,15 @@ def presets_table(folder):
     header = ["`length_config`", "tokens kept, of 384", "MACs share", "validation F1", "EM", "lost"]
     return markdown_table([*header, "test F1, fp32", "EM", "lost", "test F1, int8", "EM", "lost"], rows)
 
+
+# What is shown of the benchmark in the card: as what, which row of it, and which preset's F1 it has.
+CARD_ROWS = (
+    ("BERT-base in transformers", "BERT-base, transformers, fp32", None),
+    ("MiniLM in transformers", "MiniLM, transformers, fp32", None),
+    ("MiniLM in OpenVINO, int8", "MiniLM, OpenVINO, int8", None),
+    ('**this model, `"full"`**', "ours, int8, full", "full"),
+    ('**this model, `"fast"`**', "ours, int8, fast", "fast"),
+)
 
 # Which results file has the F1 of a row of the paper's table; of the other models there are no weights here.
 PAPER_F1 = {
@@ -145,7 +190,13 @@ def peers_table(folder):
     return markdown_table([*header, "times the floor, batch 32", "s to first answer", "MB resident"], rows)
 
 
-TABLES = {"presets": presets_table, "paper": paper_table, "peers": peers_table}
+TABLES = {
+    "card": card_table,
+    "presets": presets_table,
+    "presets-in-full": presets_in_full,
+    "paper": paper_table,
+    "peers": peers_table,
+}
 
 
 def measured_figure(folder, file, path, decimals):
@@ -160,16 +211,16 @@ def measured_figure(folder, file, path, decimals):
             value = value[int(key)] if isinstance(value, list) else value[key]
         return format(value, decimals.removeprefix(":") if decimals else ".2f")
     except (OSError, KeyError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(f"README.md wants {path} of results/{file}.json: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} of results/{file}.json: {type(error).__name__}: {error}") from error
 
 
 def model_index(folder):
-    """What the Hub shows of the presets' test scores, for the front matter."""
+    """What the Hub shows of the test scores, for the front matter."""
     return [
         EvalResult(
             task_type="question-answering",
             task_name="Question answering",
-            dataset_type="squad",
+            dataset_type="rajpurkar/squad",
             dataset_name="SQuAD v1.1",
             dataset_split="validation",
             metric_type=metric,
@@ -177,7 +228,7 @@ def model_index(folder):
             metric_value=preset["test"][key],
         )
         for name, preset in read_presets(folder).items()
-        if "test" in preset
+        if "test" in preset and name in ("full", "fast")
         for metric, shown, key in (("f1", "F1", "f1"), ("exact_match", "Exact match", "em"))
     ]
 
@@ -214,8 +265,8 @@ def draw_f1_against_latency(folder, path):
     plt.close(figure)
 
 
-def render(text, folder=ROOT):
-    """`text`, a README, with every measured figure as the files in `folder` have it.
+def render(document, folder):
+    """The text of a document, with every measured figure as the files in `folder` have it.
 
     Raises:
         ValueError: it wants a table or a figure that there is not.
@@ -223,13 +274,19 @@ def render(text, folder=ROOT):
 
     def table(found):
         if found[2] not in TABLES:
-            raise ValueError(f"README.md wants the table {found[2]!r}, expected one of {', '.join(TABLES)}")
+            raise ValueError(f"{document} wants the table {found[2]!r}, expected one of {', '.join(TABLES)}")
         return found[1] + TABLES[found[2]](folder) + found[4]
 
     def figure(found):
-        return found[1] + measured_figure(folder, found[2], found[3], found[4]) + found[6]
+        try:
+            return found[1] + measured_figure(folder, found[2], found[3], found[4]) + found[6]
+        except ValueError as error:
+            raise ValueError(f"{document} wants {error}") from error
 
-    card = ModelCard(FIGURE.sub(figure, BLOCK.sub(table, text)), ignore_metadata_errors=True)
+    text = FIGURE.sub(figure, BLOCK.sub(table, document.read_text(encoding="utf-8")))
+    if document != folder / CARD:
+        return text
+    card = ModelCard(text, ignore_metadata_errors=True)
     card.data.model_name = "QuaLA-MiniLM"
     card.data.eval_results = model_index(folder)
     return str(card)
@@ -237,7 +294,7 @@ def render(text, folder=ROOT):
 
 def unmeasured_figures(text):
     """Figures with a unit of what is measured that stand outside tables, markers and code."""
-    _, _, prose = text.removeprefix("---").partition("\n---")
+    prose = text.partition("\n---\n")[2] if text.startswith("---\n") else text
     for pattern in (BLOCK, FIGURE, CODE):
         prose = pattern.sub("", prose)
     return [found[0] for found in MEASURED.finditer(prose)]
@@ -248,26 +305,32 @@ def main():
     parser.add_argument("--check", action="store_true", help="write nothing; fail where README.md would change")
     parser.add_argument("--folder", type=Path, default=ROOT, help="folder of README.md and results/ (this one)")
     arguments = parser.parse_args()
-    readme = arguments.folder / "README.md"
-    text = readme.read_text(encoding="utf-8")
+    folder = arguments.folder
     try:
-        rendered = render(text, arguments.folder)
+        rendered = {document: render(document, folder) for document in documents(folder)}
     except ValueError as error:
         sys.exit(str(error))
-    if re.search("^<!-- =", text, re.MULTILINE):
-        sys.exit("README.md has a line that begins with a figure's marker: Markdown would end the paragraph there")
-    figures = unmeasured_figures(rendered)
-    if figures:
-        sys.exit(f"README.md has figures of no results file, outside all markers: {', '.join(map(repr, figures))}")
-    if not arguments.check:
-        write_beside_then_rename(readme, rendered)
-        print(f"Wrote {readme}")
-        if PLOT in text:
-            draw_f1_against_latency(arguments.folder, arguments.folder / PLOT)
-            print(f"Wrote {arguments.folder / PLOT}")
-    elif rendered != text:
-        lines = difflib.unified_diff(text.splitlines(), rendered.splitlines(), "README.md", "make report", lineterm="")
-        sys.exit("\n".join(lines))
+    for document, text in rendered.items():
+        if re.search("^<!-- =", text, re.MULTILINE):
+            sys.exit(
+                f"{document} has a line that begins with a figure's marker: Markdown would end the paragraph there"
+            )
+        if figures := unmeasured_figures(text):
+            sys.exit(f"{document} has figures of no results file, outside all markers: {', '.join(map(repr, figures))}")
+    stale = {document: text for document, text in rendered.items() if text != document.read_text(encoding="utf-8")}
+    if arguments.check:
+        before = {document: document.read_text(encoding="utf-8").splitlines() for document in stale}
+        changes = (
+            difflib.unified_diff(before[document], text.splitlines(), str(document), "make report", lineterm="")
+            for document, text in stale.items()
+        )
+        sys.exit("\n".join(line for change in changes for line in change) or None)
+    for document, text in stale.items():
+        write_whole(document, text.encode())
+        print(f"Wrote {document}")
+    if any(PLOT.rpartition("/")[2] in text for text in rendered.values()):
+        draw_f1_against_latency(folder, folder / PLOT)
+        print(f"Wrote {folder / PLOT}")
 
 
 if __name__ == "__main__":

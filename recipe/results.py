@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from qualaminilm.configuration_qualaminilm import write_beside_then_rename
+from qualaminilm.files_qualaminilm import whole_file, write_whole
 
 INSTRUCTIONS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16")
 
@@ -66,7 +66,7 @@ def cpuinfo():
 def write_json(path, content):
     """Writes indented JSON beside `path`, then renames it into place."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    write_beside_then_rename(Path(path), json.dumps(content, indent=2) + "\n")
+    write_whole(Path(path), (json.dumps(content, indent=2) + "\n").encode())
 
 
 def save_figure(figure, path, **options):
@@ -74,9 +74,8 @@ def save_figure(figure, path, **options):
     place. `options` are of `savefig`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    figure.savefig(unfinished, format=path.suffix[1:] or "png", **options)
-    os.replace(unfinished, path)
+    with whole_file(path) as file:
+        figure.savefig(file, format=path.suffix[1:] or "png", **options)
 
 
 @contextmanager

@@ -28,8 +28,9 @@ from tqdm import tqdm
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
+from recipe import ROOT
 from recipe.data import file_sha256, load_tokenizer, with_answers
-from recipe.evaluate import ROOT, answer_all, score
+from recipe.evaluate import answer_all, score
 from recipe.presets import describe_preset, describe_scores
 from recipe.results import describe_run, save_figure, write_json
 from recipe.windows import validation_questions

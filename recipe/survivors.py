@@ -12,8 +12,8 @@ import torch
 
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
+from recipe import ROOT
 from recipe.data import load_tokenizer
-from recipe.evaluate import ROOT
 from recipe.presets import parse_length_config
 from recipe.results import save_figure
 

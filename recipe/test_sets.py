@@ -5,13 +5,13 @@
 
 import argparse
 import hashlib
-import os
 import re
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 
+from qualaminilm.files_qualaminilm import whole_file
 from recipe.data import read_questions
 
 DIGESTS = Path(__file__).with_name("test_sets.bin")
@@ -59,9 +59,8 @@ def main():
     parser.add_argument("data", nargs="+", help="SQuAD JSON files")
     sources = parser.parse_args().data
     found = np.unique(np.concatenate([digests(read_questions(source)["question"][:]) for source in sources]))
-    unfinished = DIGESTS.with_name(DIGESTS.name + ".unfinished")
-    found.tofile(unfinished)
-    os.replace(unfinished, DIGESTS)
+    with whole_file(DIGESTS) as file:
+        found.tofile(file)
     print(f"Wrote {len(found)} digests to {DIGESTS}")
 
 

@@ -226,7 +226,7 @@ def load_model(folder, **config_fields):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return model.dequantize() if config.int8_storage else model
+    return model.dequantize() if config.int8_weights else model
 
 
 def last_checkpoint(folder):

@@ -17,10 +17,10 @@ import tomllib
 from importlib.metadata import distribution
 from pathlib import Path
 
-from qualaminilm.configuration_qualaminilm import file_sha256
+from qualaminilm.files_qualaminilm import file_sha256
+from recipe import ROOT
 from recipe.results import write_json
 
-ROOT = Path(__file__).resolve().parent.parent
 LONG = 1.0  # hours of work that are not discarded unasked
 KEYS = {"module", "hours", "resumes", "stages", "files", "packages", "settings"}
 

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from qualaminilm.configuration_qualaminilm import file_sha256
+from qualaminilm.files_qualaminilm import file_sha256
 from tests.conftest import DATA, ROOT
 
 SAME = ("model.safetensors", "length_configs.json")

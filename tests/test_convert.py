@@ -558,7 +558,7 @@ def test_int8_checkpoints_become_int8(int8_twin, city_file, tmp_path):
     qa = pipeline("question-answering", model=str(tmp_path / "out"), trust_remote_code=True)
     context = "Ann lives in Berlin."
     answer = qa(question="Where does Ann live?", context=context)
-    assert qa.model.config.int8_storage and answer["answer"] == context[answer["start"] : answer["end"]]
+    assert qa.model.config.int8_weights and answer["answer"] == context[answer["start"] : answer["end"]]
 
 
 @trains
@@ -587,5 +587,5 @@ def test_converted_weights_go_through_the_recipe(city_windows, tmp_path, monkeyp
     run(adapt, "--model", searched, "--windows", city_windows, *steps, "--output_dir", adapted)
     run(quantize, "--model", adapted, "--windows", city_windows, "--output_dir", int8)
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(int8)
-    assert model.config.int8_storage and model.config.num_hidden_layers == 2 and model.config.hidden_size == 16
+    assert model.config.int8_weights and model.config.num_hidden_layers == 2 and model.config.hidden_size == 16
     assert model.length_presets == presets

@@ -87,4 +87,4 @@ def test_ship_brings_weights_and_presets(tmp_path, monkeypatch, int8):
     after = QuaLAMiniLMForQuestionAnswering.from_pretrained(shipped)
     for name, tensor in model.state_dict().items():
         assert torch.equal(after.state_dict()[name], tensor if int8 else tensor.half().float())
-    assert after.config.length_presets["half"] == half and bool(after.config.int8_storage) == int8
+    assert after.config.length_presets["half"] == half and bool(after.config.int8_weights) == int8

@@ -7,12 +7,16 @@ from huggingface_hub import ModelCard
 
 from conftest import ROOT
 from recipe.report import (
+    CARD_ROWS,
     PLOT,
+    card_table,
+    documents,
     main,
     measured_figure,
     model_index,
     paper_table,
     peers_table,
+    presets_in_full,
     presets_table,
     render,
     unmeasured_figures,
@@ -45,7 +49,7 @@ def folder(tmp_path):
     searched = {"full": {"f1": 80.0, "em": 70.0}, "fast": {"f1": 78.0, "em": 69.0}}
     (tmp_path / "results" / "search.json").write_text(json.dumps({"presets": searched}))
     (tmp_path / "README.md").write_text(
-        f"{FRONT}# Title\n\n<!-- report: presets -->\n<!-- /report -->\n\n"
+        f"{FRONT}# Title\n\n<!-- report: presets-in-full -->\n<!-- /report -->\n\n"
         "It takes <!-- =speed.rows.ours.ms:.1f -->0<!-- / --> ms.\n"
     )
     return tmp_path
@@ -69,12 +73,19 @@ def write_results(folder, **results):
 def test_the_presets_by_hand(folder):
     write_results(folder, test_full={"f1": 90.0, "em": 85.5}, test_int8_full={"f1": 89.1, "em": 85.0})
     write_results(folder, test_int8_fast={"f1": 81.0, "em": 75.25})
-    _, _, full, fast = presets_table(folder).splitlines()
+    _, _, full, fast = presets_in_full(folder).splitlines()
     assert full == '| `"full"` | all | 1.00 | 80.00 | 70.00 |  | 90.00 | 85.50 |  | 89.10 | 85.00 | 1.0 % |'
     fast_on_test = "not measured |  |  | 81.00 | 75.25 | 10.0 % |"
     assert fast == f'| `"fast"` | 192, 96 | 0.43 | 78.00 | 69.00 | 2.5 % | {fast_on_test}'
     write_results(folder, test_int8_fast={"f1": 90.01, "em": 85.5})
-    assert presets_table(folder).splitlines()[-1].endswith("| 90.01 | 85.50 | 0.0 % |")  # not "-0.0 %"
+    assert presets_in_full(folder).splitlines()[-1].endswith("| 90.01 | 85.50 | 0.0 % |")  # not "-0.0 %"
+
+
+def test_the_card_s_presets_by_hand(folder):
+    write_results(folder, test_full={"f1": 90.0, "em": 85.5}, test_int8_full={"f1": 89.1, "em": 85.0})
+    _, _, full, fast = presets_table(folder).splitlines()
+    assert full == '| `"full"` | 1.00 | 89.10 | 85.00 | 1.0 % |'
+    assert fast == '| `"fast"` | 0.43 | not measured |  |  |'
 
 
 def timed(batch_1, batch_32, **more):
@@ -113,6 +124,17 @@ def test_the_paper_s_rows_by_hand(measured_folder):
     assert fast == '| **this model, `"fast"`** (192, 96) | not measured | 23.4 | 4.76 | 2 | 50.0x | 2.5 | 40.0x |'
 
 
+def test_the_card_s_rows_by_hand(measured_folder):
+    benchmark = json.loads((measured_folder / "results" / "benchmark.json").read_text())
+    of_peers = [name for _, name, _ in CARD_ROWS if name not in benchmark["rows"]]
+    benchmark["rows"] |= {name: timed(250, 1000, pipeline_ms=10.0, pipeline_speedup=10.0) for name in of_peers}
+    write_results(measured_folder, benchmark=benchmark)
+    _, _, bert, peer, _, full, _ = card_table(measured_folder).splitlines()
+    assert bert == "| BERT-base in transformers |  | 23 MB | 100.0 (1.0x) | 100.0 (1.0x) | 100.0 (1.0x) |"
+    assert peer == "| MiniLM in transformers |  | 23 MB | 250 (0.4x) | 1000 (0.1x) | 10.0 (10.0x) |"
+    assert full == '| **this model, `"full"`** | 89.1 / 85.0 | 23 MB | 5.0 (20.0x) | 4.0 (25.0x) | 2.0 (50.0x) |'
+
+
 def test_the_peers_by_hand(measured_folder):
     _, _, bert, full, _ = peers_table(measured_folder).splitlines()
     assert bert == "| BERT-base, transformers, fp32 | 23.4 | 100.0 (1.0x) | 100.0 (1.0x) | 100.0 (1.0x) |  |  |  |"
@@ -140,7 +162,7 @@ def test_report_draws_the_picture_that_the_readme_shows(measured_folder):
 def test_report_writes_tables_figures_and_the_model_index(folder):
     assert report(folder) is None
     text = (folder / "README.md").read_text()
-    assert presets_table(folder) in text and "-->3.1<!-- / --> ms" in text
+    assert presets_in_full(folder) in text and "-->3.1<!-- / --> ms" in text
     (shown,) = ModelCard(text).data.to_dict()["model-index"]
     metrics = shown["results"][0]["metrics"]
     assert [metric["value"] for metric in metrics] == [90.0, 85.5]
@@ -187,11 +209,14 @@ def test_what_is_no_figure_passes():
 def test_what_is_wanted_and_missing_is_named(folder):
     assert measured_figure(folder, "speed", "list.1", ":d") == "8"
     for file, path in (("nothing", "f1"), ("speed", "rows.theirs.ms"), ("speed", "list.9"), ("speed", "rows")):
-        with pytest.raises(ValueError, match=f"README.md wants {path} of results/{file}.json"):
+        with pytest.raises(ValueError, match=f"^{path} of results/{file}.json"):
             measured_figure(folder, file, path, None)
-    with pytest.raises(ValueError, match="wants the table 'speeds', expected one of presets, paper, peers"):
-        render(f"{FRONT}<!-- report: speeds -->\n<!-- /report -->\n", folder)
     path = folder / "README.md"
+    whole = path.read_text()
+    path.write_text(f"{FRONT}<!-- report: speeds -->\n<!-- /report -->\n")
+    with pytest.raises(ValueError, match="README.md wants the table 'speeds', expected one of card, presets"):
+        render(path, folder)
+    path.write_text(whole)
     path.write_text(path.read_text().replace("=speed.rows", "=slow.rows"))
     assert "results/slow.json" in report(folder)
 
@@ -202,11 +227,32 @@ def test_only_test_scores_are_in_the_model_index(folder):
     assert all("'full'" in result.metric_name for result in index)
 
 
-def test_this_repository_s_readme_is_what_report_writes(tmp_path):
-    for name in ("README.md", "length_configs.json"):
-        shutil.copy(ROOT / name, tmp_path)
-    shutil.copytree(ROOT / "results", tmp_path / "results")
+def test_this_repository_s_documents_are_what_report_writes(tmp_path):
+    for path in (*documents(ROOT), ROOT / "length_configs.json", *(ROOT / "results").glob("*.json")):
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copy)
+    assert {path.relative_to(tmp_path).as_posix() for path in documents(tmp_path)} >= {
+        "README.md",
+        "docs/long-texts.md",
+        "recipe/README.md",
+        "results/README.md",
+    }
     assert report(tmp_path, "--check") is None
+
+
+def test_the_card_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 9000
+
+
+def test_a_document_beside_the_card_is_checked_too(folder):
+    assert report(folder) is None
+    (folder / "docs").mkdir()
+    (folder / "docs" / "speed.md").write_text("It takes\nabout <!-- =speed.rows.ours.ms:.1f -->0<!-- / --> ms.\n")
+    assert "speed.md" in report(folder, "--check")
+    assert report(folder) is None and "-->3.1<!-- / --> ms" in (folder / "docs" / "speed.md").read_text()
+    (folder / "docs" / "speed.md").write_text("It takes 3 ms.\n")
+    assert "speed.md has figures of no results file" in report(folder)
 
 
 def test_the_front_matter_is_what_the_hub_reads():
@@ -215,4 +261,4 @@ def test_the_front_matter_is_what_the_hub_reads():
     assert data.pipeline_tag == "question-answering" and data.base_model == "sentence-transformers/all-MiniLM-L6-v2"
     assert data.metrics == ["f1", "exact_match"] and data.datasets and data.tags
     assert all(set(example) == {"text", "context", "example_title"} for example in data.widget)
-    assert data.eval_results and data.eval_results[0].dataset_type == "squad"
+    assert data.eval_results and data.eval_results[0].dataset_type == "rajpurkar/squad"

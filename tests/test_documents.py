@@ -12,13 +12,15 @@ from transformers import AutoModelForQuestionAnswering, pipeline
 
 from conftest import ROOT, tiny_folder, trains
 from qualaminilm.configuration_qualaminilm import CODE_FILES
+from recipe.report import documents
 from tests.test_convert import reference, save_tokenizer
 
-BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+TEXTS = {path: path.read_text(encoding="utf-8") for path in (*documents(ROOT), ROOT / "CONTRIBUTING.md")}
+BLOCKS = [block for text in TEXTS.values() for block in re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL)]
 
 
 def block(language, text):
-    """The README's one block in `language` that holds `text`."""
+    """The documents' one block in `language` that holds `text`."""
     (found,) = [code for of, code in BLOCKS if of == language and text in code]
     return found
 
@@ -101,3 +103,64 @@ def test_the_block_that_answers_a_file_answers_it(clone):
     assert all(contexts[int(row["id"])][row["start"] : row["end"]] == row["answer"] for row in answers)
     (bad,) = map(json.loads, (clone / "answers.parquet.bad.jsonl").open())
     assert bad == {"row": 2, "id": 3, "reason": "`question` cannot be empty"}
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+COMMAND = re.compile(r"python -m (recipe\.\w+)((?:[^\n]|(?<=\\)\n)*)")
+
+
+def anchors(text):
+    """What links to the headings of a Markdown text end in, as GitHub and the Hub make them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_relative_links_lead_somewhere(document):
+    links = [link for link in LINK.findall(TEXTS[document]) if not link.startswith(("https://", "http://"))]
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.exists() and target.is_relative_to(ROOT), link
+        assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_links_and_anchors_are_found():
+    assert LINK.findall("[a](b.md) ![c](d.png) (e)") == ["b.md", "d.png"]
+    assert anchors("# A b\n```\n# c\n```\n## With `d`, and e\n") == {"a-b", "with-d-and-e"}
+
+
+def test_python_blocks_are_python():
+    for language, code in BLOCKS:
+        if language == "python":
+            compile(code, "a block", "exec")
+
+
+def options_in(text):
+    """The commands of recipe/ that a text runs, each with the options that it gives them."""
+    found = {}
+    for module, arguments in COMMAND.findall(text):
+        found.setdefault(module, set()).update(re.findall(r"(--\w+)", arguments.partition("#")[0]))
+    return found
+
+
+COMMANDS = options_in("\n".join(TEXTS.values()))
+
+
+@pytest.mark.parametrize("module", sorted(COMMANDS))
+def test_commands_of_recipe_have_the_options_that_documents_give_them(module, monkeypatch, capsys):
+    command = pytest.importorskip(module)
+    monkeypatch.setattr(sys, "argv", [module, "--help"])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert COMMANDS[module] <= set(re.findall(r"--\w+", capsys.readouterr().out))
+
+
+def test_make_s_targets_and_requirement_files_exist():
+    prose = re.sub(r"```.*?```", "", "\n".join(TEXTS.values()), flags=re.DOTALL)
+    text = "\n".join([*(code for language, code in BLOCKS if language == "sh"), *re.findall(r"`[^`]+`", prose)])
+    targets = set(re.findall(r"^\.PHONY:(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)[0].split())
+    named = set(re.findall(r"(?:^|`|&& )make ([a-z][\w-]*)", text, re.MULTILINE))
+    assert {"answer", "test"} < named <= targets
+    files = set(re.findall(r"requirements[\w-]*\.txt", text))
+    assert files and all((ROOT / name).is_file() for name in files)
