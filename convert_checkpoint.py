@@ -40,19 +40,22 @@ LEFT_OUT_OF_INT8 = {
     r"\._packed_params\.dtype$": "the type of packed weights, which they carry themselves",
     r"^best_configure$": "how Intel Neural Compressor quantised",
 }
-CARD = """
-# {name}
+CARD = """---
+{{ card_data }}
+---
 
-Converted from {source}, which answers questions out of a text, into the format of QuaLA-MiniLM: it drops tokens layer
-by layer under a `length_config` chosen at call time. {stored}
+# {{ name }}
+
+Converted from {{ source }}, which answers questions out of a text, into the format of QuaLA-MiniLM: it drops tokens
+layer by layer under a `length_config` chosen at call time. {{ stored }}
 
 ```python
 from transformers import pipeline
 
-qa = pipeline("question-answering", model="{name}", trust_remote_code=True)
+qa = pipeline("question-answering", model="{{ name }}", trust_remote_code=True)
 ```
 
-With nothing dropped it answers as its source does. Measure what a `length_config` costs before using one. {licence}
+With nothing dropped it answers as its source does. Measure what a `length_config` costs before using one. {{ licence }}
 """
 
 
@@ -211,8 +214,7 @@ def model_card(folder, source, name, stored):
         license=theirs.license, language=theirs.language, library_name="transformers", pipeline_tag="question-answering"
     )
     licence = f"Its licence is its source's, {theirs.license}." if theirs.license else "Its source states no licence."
-    text = CARD.format(name=name, source=source, stored=stored, licence=licence)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
+    return ModelCard.from_template(data, template_str=CARD, name=name, source=source, stored=stored, licence=licence)
 
 
 def write_repository(out, model, tokenizer, card):

@@ -115,8 +115,8 @@ class QuaLAMiniLMScorer(nn.Module):
 
 
 class Neighbourhood(nn.Conv1d):
-    """`nn.Conv1d` over the slots of (batch, slots, channels), in two dimensions, where oneDNN takes a fifth of the
-    time. It returns as many slots or more, as [`round_up`] asks."""
+    """`nn.Conv1d` over the slots of (batch, slots, channels), in two dimensions, for which oneDNN has a
+    quicker way. It returns as many slots or more, as [`round_up`] asks."""
 
     def forward(self, states):
         channels_first = F.pad(states, (0, 0, 0, round_up(states.shape[1]) - states.shape[1])).transpose(1, 2)
@@ -191,7 +191,7 @@ def choose(significance, alive, keep, training=False):
         significance = significance.masked_fill(~alive, -math.inf).scatter(1, first, math.inf)
     width = max(1, *keep)  # a batch of nothing but padding still needs a slot to run on
     if training:
-        width = min(slots, round_up(width, 32))  # on which oneDNN's bfloat16 products are twice as fast
+        width = min(slots, round_up(width, 32))  # which oneDNN's bfloat16 products are made for
     ranked = significance.argsort(dim=-1, descending=True, stable=True)[:, :width]
     if min(keep) == width:
         return ranked.sort(-1).values, None
@@ -308,6 +308,6 @@ def real_tokens(attention_mask, shape):
 
 
 def round_up(number, multiple=16):
-    """The least multiple not below `number`: oneDNN builds a kernel for each number of tokens that it meets, and takes
-    longer for it than for a layer."""
+    """The least multiple not below `number`: oneDNN builds a kernel for each number of tokens that it meets, which
+    takes its time."""
     return number + -number % multiple

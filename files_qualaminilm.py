@@ -7,10 +7,9 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
-from transformers.utils import CONFIG_NAME, cached_file
-
 from .length_configs_qualaminilm import is_plain_name, require
 
+CONFIG_NAME = "config.json"
 WEIGHTS_PATTERN = "model*.safetensors"
 
 
@@ -83,6 +82,8 @@ def stored_file(repository, name, **where):
     if os.path.isfile(repository):
         beside = Path(repository).parent / name
         return beside if beside.is_file() else None
+    from transformers.utils import cached_file  # which takes seconds, and who writes files has no use for it
+
     return cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **where)
 
 

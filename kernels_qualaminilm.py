@@ -73,7 +73,7 @@ class Kernel:
     def quantize(self, hidden_states):
         """float (..., in_features) to uint8 (..., in_features), with rows to spare behind it for [`rows_to_spare`]."""
         scaled = torch.addcmul(self.shift, hidden_states.float(), self.factor).clamp_(0, 255)
-        scaled = scaled.to(torch.int16)  # from float32 in one step takes torch twice as long
+        scaled = scaled.to(torch.int16)  # not from float32 in one step, torch's slow way
         tokens, columns = scaled.shape[:-1].numel(), scaled.shape[-1]
         quantized = scaled.new_empty(rounded_up(tokens) * columns, dtype=torch.uint8)
         return quantized[: tokens * columns].view(scaled.shape).copy_(scaled)
@@ -170,7 +170,7 @@ def cached_attention(query, key, value, mask):
 
 
 def bfloat16_attention(query, key, value, mask):
-    """What `scaled_dot_product_attention` computes, on a CPU that multiplies bfloat16, in half of its time.
+    """What `scaled_dot_product_attention` computes, in fewer passes, on a CPU that multiplies bfloat16.
 
     Args:
         query, key, value (bfloat16 `(batch, heads, queries or keys, size)`).
@@ -181,7 +181,7 @@ def bfloat16_attention(query, key, value, mask):
     """
     queries, size = query.shape[2:]
     keys = key.shape[2]
-    # Heads side by side, as they come, take bmm a third longer than the copies.
+    # Copies: bmm is slow on heads that lie side by side, as they come.
     scores = add_tokens(query * (size**-0.5 / math.log(2))) @ add_tokens(key).transpose(-1, -2)
     if mask is not None:
         scores[..., :keys].add_(mask)
@@ -269,8 +269,8 @@ def warn_of_float_kernel():
 @functools.cache
 def keep_freed_memory():
     """Lets glibc's malloc keep up to 64 MB of what it is given back: twice the largest block that was freed so far, if
-    that is no larger than 32 MB. Where that is a layer's, it returns memory to the system after each layer, and to take
-    it again costs a large batch a tenth of its time. This block is never written to, and so takes no memory."""
+    that is no larger than 32 MB. Where that is a layer's, it returns memory to the system after each layer, and takes
+    it again at the next. This block is never written to, and so takes no memory."""
     torch.empty((1 << 25) - (1 << 16), dtype=torch.uint8, device="cpu")
 
 

@@ -160,13 +160,7 @@ class Reader(length_configs.LengthConfigs):
         )
         if not (is_single or is_list):
             return answers
-        found = []
-        try:
-            for answer in answers:
-                found.append(answer)
-        except Exception as error:
-            error.answers = found
-            raise
+        found = collected(answers)
         return found[0] if is_single else found
 
     def logits(self, windows, lengths):
@@ -177,6 +171,18 @@ class Reader(length_configs.LengthConfigs):
         logits = np.stack(self.graph(inputs, lengths, self.threads), 1)
         # Copied, or each window would hold its whole batch's.
         return [logits[row][:, window.scored()] for row, window in enumerate(windows)]
+
+
+def collected(answers):
+    """A `list` of them; an error on the way has those before it as its `answers`."""
+    found = []
+    try:
+        for answer in answers:
+            found.append(answer)
+    except Exception as error:
+        error.answers = found
+        raise
+    return found
 
 
 def checked(examples, numbered):

@@ -295,7 +295,8 @@ def record(folder, threshold, calibration):
     write_whole(path, (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode())
 
 
-def main():
+def command_line():
+    """The command's parser."""
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("--model", default=str(ROOT), help="folder of the model (the shipped one)")
     parser.add_argument("--windows", type=Path, required=True, help="folder that recipe.windows wrote")
@@ -313,7 +314,11 @@ def main():
         "--figure", default=str(ROOT / "assets" / "answerable.png"), help="picture of the calibration (%(default)s)"
     )
     parser.add_argument("--record", action="store_true", help="write threshold and calibration into config.json")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main():
+    arguments = command_line().parse_args()
     tables = validation_tables(arguments.windows)
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
     pipeline = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(arguments.model))

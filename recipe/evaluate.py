@@ -94,7 +94,8 @@ def score(questions, texts):
     return result
 
 
-def main():
+def command_line():
+    """The command's parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT), help="folder of the model (the shipped one)")
     parser.add_argument("--data", nargs="+", required=True, help="SQuAD JSON files, or data sets on the Hub")
@@ -114,6 +115,11 @@ def main():
     parser.add_argument(
         "--record", action="store_true", help="also write the scores into the preset in length_configs.json"
     )
+    return parser
+
+
+def main():
+    parser = command_line()
     arguments = parser.parse_args()
     length_config = parse_length_config(arguments.length_config)
     data = identities(arguments.data)

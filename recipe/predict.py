@@ -252,7 +252,8 @@ def put_tables_together(files, path, schema):
     return count
 
 
-def main():
+def command_line():
+    """The command's parser."""
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
     parser.add_argument("input", metavar="IN", help="rows to answer: .jsonl, .csv or .parquet")
     parser.add_argument("output", metavar="OUT", help="answers to write: .parquet or .jsonl")
@@ -275,6 +276,11 @@ def main():
         "--ray", metavar="ADDRESS", help="of a Ray cluster to work on; auto finds one, local starts one"
     )
     parser.add_argument("--stats", metavar="FILE", help="JSON results file to write: how fast it went")
+    return parser
+
+
+def main():
+    parser = command_line()
     arguments = parser.parse_args()
     if arguments.stats and arguments.ray and not arguments.workers:
         parser.error("--stats takes --workers where they are a Ray cluster's")

@@ -40,8 +40,7 @@ PRESET_NAMES = ("accurate", "balanced", "fast", "fastest")
 PRESET_SHARES = (0.7, 0.6, 0.5, 0.4)
 FULL = "full"
 REPORT, PLOT = "search.json", "pareto.png"
-# Choosing tokens takes an eighth of the time of a layer's work in a large batch, two fifths and more at batch 1: a
-# layer that would drop a smaller share than this drops none.
+# Choosing tokens takes time too, of which a layer that drops a smaller share than this would not earn back enough.
 LEAST_DROP = 0.1
 MOST_DROP = 0.9  # of the tokens left
 
@@ -250,7 +249,8 @@ def score_survivors(candidates, measure, full, arguments):
     return measured(candidates.on_all)
 
 
-def main():
+def command_line():
+    """The command's parser."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default=str(ROOT), help="folder of the model (the shipped one)")
     parser.add_argument("--windows", required=True, help="folder that recipe.windows wrote: validation is in it")
@@ -281,7 +281,11 @@ def main():
         required=True,
         help=f"folder to write the model with its presets, {REPORT} and {PLOT} to; it keeps the search too",
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main():
+    arguments = command_line().parse_args()
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
     tokenizer = load_tokenizer(arguments.model)
     config, full = model.config, [1.0] * model.config.num_hidden_layers

@@ -271,7 +271,7 @@ def train(trainer_class, model, tokenizer, arguments, training, finish=None):
         args=training,
         train_dataset=rows,
         eval_dataset=held_out,
-        # oneDNN's bf16 matrix products are nearly twice as fast on lengths that are multiples of 32.
+        # oneDNN's bf16 matrix products are made for lengths that are multiples of 32.
         data_collator=WindowCollator(tokenizer.pad_token_id, multiple_of=32 if training.bf16 else 1),
         processing_class=tokenizer,
         arguments=arguments,
