@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from conftest import ROOT, tiny_config
-from qualaminilm import configuration_qualaminilm
+from qualaminilm import files_qualaminilm
 from qualaminilm.configuration_qualaminilm import ARCHITECTURE, QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering, QuaLAMiniLMModel
 from recipe.quantize import quantize
@@ -130,7 +130,7 @@ def read_whole(monkeypatch):
         seen.append(Path(path).name)
         return open(path, *arguments)
 
-    monkeypatch.setattr(configuration_qualaminilm, "open", open_and_note, raising=False)
+    monkeypatch.setattr(files_qualaminilm, "open", open_and_note, raising=False)
     return seen
 
 
