@@ -57,6 +57,12 @@ def documents(folder):
     return [folder / CARD, *sorted(folder.glob("[!.]*/README.md")), *sorted(folder.glob("docs/*.md"))]
 
 
+def f1(scores):
+    """F1 of `scores`, with its standard error where that was measured."""
+    error = scores.get("f1_standard_error")
+    return f"{scores['f1']:.2f}" + (f" ± {error:.2f}" if error is not None else "")
+
+
 def card_table(folder):
     """The model in two of its presets beside what people run otherwise: F1, size and speed."""
     benchmark, presets, rows = read_results(folder, "benchmark"), read_presets(folder), []
@@ -78,9 +84,7 @@ def presets_table(folder):
     full, rows = read_results(folder, "test-full"), []
     for name, preset in read_presets(folder).items():
         scores = read_results(folder, f"test-int8-{name}")
-        figures = (
-            [f"{scores['f1']:.2f}", f"{scores['em']:.2f}", lost(scores, full)] if scores else ["not measured", "", ""]
-        )
+        figures = [f1(scores), f"{scores['em']:.2f}", lost(scores, full)] if scores else ["not measured", "", ""]
         rows.append([f'`"{name}"`', f"{preset['macs_share']:.2f}", *figures])
     return markdown_table(["`length_config`", "share of the work", "F1", "EM", "F1 lost"], rows)
 
@@ -101,7 +105,7 @@ def presets_in_full(folder):
             if scores is None:
                 cells += ["not measured", "", ""]
             else:
-                cells += [f"{scores['f1']:.2f}", f"{scores['em']:.2f}", lost(scores, full)]
+                cells += [f1(scores), f"{scores['em']:.2f}", lost(scores, full)]
         rows.append(cells)
     header = ["`length_config`", "tokens kept, of 384", "MACs share", "validation F1", "EM", "lost"]
     return markdown_table([*header, "test F1, fp32", "EM", "lost", "test F1, int8", "EM", "lost"], rows)
