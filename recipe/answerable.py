@@ -36,7 +36,7 @@ from recipe.results import describe_run, save_figure, write_json
 from recipe.windows import validation_tables
 
 NEAR_MISSES = ("written-wiki", "written-documents")  # whose unanswerable questions are almost answered
-DOCUMENTS = "written-documents"  # what is put among others
+DOCUMENTS = "written-documents"  # what is put among others, where it is there
 KINDS = ("answered", "near-miss", "off-topic")
 MOST_LOST = 0.05  # of right answers, which the threshold may turn into ""
 RIGHT = 50  # percent of F1, from which an answer is right
@@ -88,7 +88,11 @@ class Asked(NamedTuple):
 
 def ask(tables, count, seed):
     """Questions of `KINDS`, a list of [`Asked`]: `count` that have an answer, drawn from all tables; half of these put
-    to a document of another title; and at most `count` that their document almost answers."""
+    to a document of another title; and at most `count` that their document almost answers.
+
+    Raises:
+        ValueError: one of the halves has no question with an answer.
+    """
     rows = [
         row | {"table": name, "fits": fits}
         for name, table in tables.items()
@@ -97,13 +101,16 @@ def ask(tables, count, seed):
     draw = random.Random(seed)
     draw.shuffle(rows)
     answered = [row for row in rows if row["answers"]["text"]][:count]
-    near_misses = [row for row in rows if not row["answers"]["text"] and row["table"] in NEAR_MISSES][:count]
+    sources = tables.keys() & set(NEAR_MISSES) or tables.keys()  # of a user's own data any
+    near_misses = [row for row in rows if not row["answers"]["text"] and row["table"] in sources][:count]
     asked = [as_asked(kind, row) for kind, of_kind in zip(KINDS, (answered, near_misses)) for row in of_kind]
     for row in answered[: count // 2]:
         others = [each for each in answered if each["fits"] == row["fits"] and each["title"] != row["title"]]
         if others:
             elsewhere = {"context": draw.choice(others)["context"], "answers": {"text": [], "answer_start": []}}
             asked.append(as_asked("off-topic", row | elsewhere))
+    if {each.fits for each in asked if each.kind == "answered"} != {True, False}:
+        raise ValueError(f"{len(answered)} validation questions have an answer, expected enough for two halves")
     return asked
 
 
@@ -325,7 +332,9 @@ def main():
     weights = file_sha256(Path(arguments.model) / "model.safetensors")
 
     asked = ask(tables, arguments.questions, arguments.seed)
-    among = among_others(tables[DOCUMENTS], arguments.among, max(SIZES), pipeline, arguments.seed)
+    among = []
+    if DOCUMENTS in tables:
+        among = among_others(tables[DOCUMENTS], arguments.among, max(SIZES), pipeline, arguments.seed)
     alone = [as_alone(each) for each in among]
     kinds, fits = np.array([each.kind for each in asked]), np.array([each.fits for each in asked])
     results, fitted = {}, None
@@ -349,13 +358,17 @@ def main():
         results[name] = measured(threshold, calibration, *measuring)
         results[name]["by_its_own"] = own | measured(*own.values(), *measuring)
         del results[name]["by_its_own"]["bins"]
-        texts = [best(pipeline, each.context, *of)[0] for each, of in zip(alone, logits(alone, "alone"))]
-        right_alone = is_right(alone, texts)
-        results[name]["among_others"] = {
-            "questions": len(alone),
-            "right_alone": int(right_alone.sum()),
-            "sizes": measured_among(pipeline, among, logits(among, "among"), right_alone, threshold, arguments.seed),
-        }
+        results[name]["among_others"] = None
+        if among:
+            texts = [best(pipeline, each.context, *of)[0] for each, of in zip(alone, logits(alone, "alone"))]
+            right_alone = is_right(alone, texts)
+            results[name]["among_others"] = {
+                "questions": len(alone),
+                "right_alone": int(right_alone.sum()),
+                "sizes": measured_among(
+                    pipeline, among, logits(among, "among"), right_alone, threshold, arguments.seed
+                ),
+            }
         results[name]["examples"] = [
             {"question": question, "expected": expected}
             | pipeline(question=question, context=context, length_config=length_config)
@@ -386,18 +399,22 @@ def as_alone(asked):
 
 
 def summary(name, result):
-    none, among = result["no_answer"], result["among_others"]
+    none, among = result["no_answer"], result["among_others"] or {"sizes": []}
     lines = [
-        f"{name}: right {result['right']:.1%}, of which {result['right_lost']:.1%} are lost; no answer to "
-        f"{none['near-miss']:.1%} of near-miss and {none['off-topic']:.1%} of off-topic questions; calibration error "
-        f"{result['calibration_error']:.3f}",
+        f"{name}: right {percent(result['right'])}, of which {percent(result['right_lost'])} are lost; no answer to "
+        f"{percent(none['near-miss'])} of near-miss and {percent(none['off-topic'])} of off-topic questions; "
+        f"calibration error {result['calibration_error']:.3f}",
         *(
-            f"  at {size['windows']:.1f} windows {size['right']:.1%} of {among['right_alone']} that are right alone"
+            f"  at {size['windows']:.1f} windows {percent(size['right'])} of {among['right_alone']} right alone"
             for size in among["sizes"]
         ),
         *(f"  {each['question']} {each['answer']!r}, expected {each['expected']!r}" for each in result["examples"]),
     ]
     return "\n".join(lines)
+
+
+def percent(share):
+    return "none" if share is None else f"{share:.1%}"
 
 
 if __name__ == "__main__":

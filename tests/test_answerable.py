@@ -92,6 +92,22 @@ def test_the_calibration_error_of_bins_by_hand():
     assert answerable.calibration_error(bins) == pytest.approx(np.mean(expected))
 
 
+def test_a_user_s_own_questions_settle_them_too(tmp_path, folder, tables, monkeypatch):
+    tables["written-wiki"].save_to_disk(tmp_path / "windows" / "validation" / "mine")
+    arguments = ["recipe.answerable", "--model", str(folder), "--windows", str(tmp_path / "windows")]
+    arguments += ["--length_configs", "full", "--logits", str(tmp_path / "logits")]
+    arguments += ["--output", str(tmp_path / "out.json"), "--figure", str(tmp_path / "out.png")]
+    monkeypatch.setattr(answerable, "EXAMPLES", [])
+    monkeypatch.setattr(answerable, "RIGHT", 0)
+    monkeypatch.setattr(sys, "argv", arguments)
+    answerable.main()
+    full = json.loads((tmp_path / "out.json").read_text())["length_configs"]["full"]
+    assert full["among_others"] is None and all(full["questions"].values())
+    few = {"mine": tables["written-wiki"].select(range(4))}  # of one title
+    with pytest.raises(ValueError, match="3 validation questions have an answer, expected enough for two halves"):
+        answerable.ask(few, 10, seed=0)
+
+
 def test_titles_are_of_one_half_and_both_halves_are_measured_apart(tables):
     asked = answerable.ask(tables, 60, seed=1)
     by_kind = {kind: [each for each in asked if each.kind == kind] for kind in answerable.KINDS}
