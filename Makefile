@@ -24,9 +24,12 @@ ask: .venv/.ask-installed
 	@.venv/bin/python -m recipe.ask "$$QUESTION" $(FILES)
 
 # The page that answers in a browser: a folder that any file server serves.
-page: .venv/.page-installed demo/browser/node_modules/.installed
+page: .venv/.page-installed demo/browser/node_modules/.installed onnx/model_int8.onnx
 	rm -rf demo/browser/page
 	.venv/bin/python -m recipe.browser --output_dir demo/browser/page
+
+onnx/model_int8.onnx: | .venv/.page-installed
+	.venv/bin/python -m recipe.export
 
 # The shipped weights out of the base packages and the data; WEIGHTS="--dry_run" and the like are options.
 weights: .venv/.weights-installed

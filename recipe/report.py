@@ -250,8 +250,8 @@ def draw_f1_against_latency(folder, path):
     ]
     axes.plot(*zip(*((x, y) for x, y, _ in points)), "o-", color="tab:blue", label="this model, int8, its presets")
     for i, (x, y, name) in enumerate(points):  # neighbours may stand close: their names go to either side
-        place = {"xytext": (-6, 4), "ha": "right"} if i % 2 else {"xytext": (6, -12)}
-        axes.annotate(name, (x, y), textcoords="offset points", color="tab:blue", **place)
+        place = {"xytext": (-8, 0), "ha": "right"} if i % 2 else {"xytext": (8, 0)}
+        axes.annotate(name, (x, y), textcoords="offset points", va="center", color="tab:blue", **place)
     fastest = points[-1][0]
     peers = [name for name in measured if name.startswith(("BERT-base", "MiniLM"))]
     for color, name in zip(("0.2", "tab:orange", "tab:green", "tab:red"), peers):
