@@ -5,6 +5,7 @@ processors that torch's int8 products do not know. Where it cannot stand for the
 """
 
 import json
+import math
 import operator
 import os
 import shutil
@@ -17,10 +18,14 @@ from transformers.utils import logging
 
 from .files_qualaminilm import holds_weights, stored_file, whole_file
 from .graph_qualaminilm import GRAPH_FILE, Graph, Unusable, import_onnxruntime
+from .kernels_qualaminilm import cpu_multiplies_bfloat16
 
 logger = logging.get_logger(__name__)
 
 ENGINES = ("auto", "torch", "onnxruntime")
+# Where the processor multiplies bfloat16, torch's attention does too and ONNX Runtime's does not: a call of more tokens
+# than the longest window has is torch's there (results/benchmark.json: batches of 8 and 32).
+MOST_TOKENS = 512
 
 
 def find_engine(engine, model, repository, **where):
@@ -36,7 +41,8 @@ def find_engine(engine, model, repository, **where):
     if engine == "torch":
         return None
     try:
-        return GraphEngine(model, find_graph(model, repository, where))
+        most_tokens = MOST_TOKENS if engine == "auto" and cpu_multiplies_bfloat16() else math.inf
+        return GraphEngine(model, find_graph(model, repository, where), most_tokens)
     except Unusable as why:
         if engine == "onnxruntime":
             raise ValueError(f"engine is 'onnxruntime', but {why}") from None
@@ -71,12 +77,14 @@ class GraphEngine:
     Args:
         model ([`QuaLAMiniLMForQuestionAnswering`]): as it was loaded, on a CPU.
         path (`Path`): of the graph, in a folder beside the weights.
+        most_tokens (`int` or infinite): padding included, that a call may have.
 
     Raises:
         Unusable: the graph was made from other weights, or the model has not those of the files.
     """
 
-    def __init__(self, model, path):
+    def __init__(self, model, path, most_tokens):
+        self.most_tokens = most_tokens
         self.graph = Graph(path, torch.get_num_threads())
         folder = path.parent.parent
         try:
@@ -102,7 +110,7 @@ class GraphEngine:
         if any(not (each is None or each is False) for each in others) or not self._stands_for(model):
             return None
         inputs = graph_inputs(model, input_ids, attention_mask, token_type_ids)
-        if inputs is None:
+        if inputs is None or inputs["input_ids"].size > self.most_tokens:
             return None
         lengths = model.config.token_lengths(length_config)
         try:

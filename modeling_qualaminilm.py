@@ -405,8 +405,8 @@ class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
         Args:
             engine (`str`): what runs int8 weights on a CPU. `"auto"`, ONNX Runtime where it is installed and the graph
                 made of these weights stands beside them, in a call for logits alone, without gradients, hooks and
-                changes to the loaded model; torch otherwise. `"torch"`. `"onnxruntime"`, as `"auto"`, but that it must
-                be possible.
+                changes to the loaded model; torch otherwise, and in batches where the processor multiplies bfloat16.
+                `"torch"`. `"onnxruntime"`, as `"auto"`, in batches too, and it must be possible.
 
         Raises:
             ValueError: see above, or `engine` is none of these, or is `"onnxruntime"` and there is no such graph.

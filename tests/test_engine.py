@@ -17,6 +17,7 @@ from transformers import AutoModelForQuestionAnswering, pipeline
 
 from conftest import ROOT, once, right_padded
 from qualaminilm import engine_qualaminilm, graph_qualaminilm, quantization_qualaminilm
+from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMEncoder, QuaLAMiniLMForQuestionAnswering
 from tests.grid_steps import assert_possible
 
@@ -116,6 +117,17 @@ def test_the_graph_computes_what_the_layers_do(model, twin, monkeypatch):
         found = [model(**inputs, length_config=length_config), twin(**inputs, length_config=length_config)]
         logits = [(outputs.start_logits, outputs.end_logits) for outputs in found]
         assert_possible(twin, inputs, length_config, *logits)
+
+
+def test_batches_are_torch_s_where_the_processor_multiplies_bfloat16(folder, monkeypatch):
+    few = batch(QuaLAMiniLMConfig.from_pretrained(folder), [31] * 16)
+    many = {name: tensor.repeat(2, 1) for name, tensor in few.items()}
+    for has_bfloat16 in (False, True):
+        monkeypatch.setattr(engine_qualaminilm, "cpu_multiplies_bfloat16", lambda answer=has_bfloat16: answer)
+        for engine in ("auto", "onnxruntime"):
+            model = QuaLAMiniLMForQuestionAnswering.from_pretrained(folder, engine=engine)
+            assert not in_torch(model, few)[0]
+            assert in_torch(model, many)[0] == (has_bfloat16 and engine == "auto")
 
 
 @pytest.mark.parametrize(
