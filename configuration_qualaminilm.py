@@ -180,7 +180,9 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         self.answerable_calibration = answerable_calibration
         self._check_fields(kwargs)
         self.length_presets = self.checked_presets(length_presets)
-        known = self.sha256_of_architecture(), self.sha256_of_architecture(int8_weights=int8_storage)
+        known = [self.sha256_of_architecture()]
+        if not int8_weights:  # as versions without that field wrote it
+            known.append(self.sha256_of_architecture(int8_weights=int8_storage))
         if architecture_sha256 is not None and architecture_sha256 not in known:
             raise ValueError(
                 f"architecture_sha256 is {architecture_sha256!r}, which is not that of {', '.join(ARCHITECTURE)}: "

@@ -56,6 +56,7 @@ qa = pipeline("question-answering", model="{{ name }}", trust_remote_code=True)
 ```
 
 With nothing dropped it answers as its source does. Measure what a `length_config` costs before using one. {{ licence }}
+
 """
 
 

@@ -94,7 +94,10 @@ class GraphEngine:
         if not holds_weights(folder, weights):
             raise Unusable(f"{path} was made from other weights than those beside it", surprising=True)
         if self.graph.metadata.get("architecture_sha256") != model.config.sha256_of_architecture():
-            raise Unusable(f"{path} is of another architecture than the model")
+            raise Unusable(
+                f"{path} is of another architecture than the model, or was written by an earlier version of this code; "
+                f"python -m recipe.export writes it anew"
+            )
         self.modules = [*model.modules()]
         self.registries = [of for each in self.modules for of in (each._modules, each._parameters, each._buffers)]
         self.held = [*chain.from_iterable(map(dict.values, self.registries))]

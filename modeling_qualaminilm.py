@@ -7,7 +7,7 @@ dropping_qualaminilm.py, the layers over int8 weights in quantization_qualaminil
 
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from safetensors import SafetensorError
@@ -45,8 +45,7 @@ class QuaLAMiniLMModelOutput(ModelOutput):
     """
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, sequence, hidden)`): every token, restored.
-        stages (list, on request, in last_hidden_state's place): of each part of the batch that was computed at once
-            the list of [`Stage`] that [`restore`] takes.
+        read (`torch.FloatTensor` of shape `(batch, sequence, columns)`, in its place): what `read` makes of it.
         hidden_states (tuple, on request): the embeddings and each layer's output, restored to
             `(batch, sequence, hidden)`.
         attentions (tuple, on request): one `(batch, heads, queries, keys)` a layer. Keys are the slots that enter the
@@ -56,7 +55,7 @@ class QuaLAMiniLMModelOutput(ModelOutput):
     """
 
     last_hidden_state: Optional[torch.FloatTensor] = None
-    stages: Optional[list] = None
+    read: Optional[torch.FloatTensor] = None
     hidden_states: Optional[tuple] = None
     attentions: Optional[tuple] = None
     kept_tokens: Optional[tuple] = None
@@ -183,15 +182,6 @@ class QuaLAMiniLMLayer(DroppingLayer, GradientCheckpointingLayer):
         return self.output(self.intermediate(attention_output), attention_output)
 
 
-class Encoded(NamedTuple):
-    """The encoder's stages, to be restored, and on request other outputs of [`QuaLAMiniLMModelOutput`]."""
-
-    stages: list
-    hidden_states: Optional[tuple]
-    attentions: Optional[tuple]
-    kept_tokens: Optional[tuple]
-
-
 class QuaLAMiniLMEncoder(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -204,6 +194,9 @@ class QuaLAMiniLMEncoder(nn.Module):
             hidden_states (`(batch, sequence, hidden)`): the embeddings.
             real (bool `(batch, sequence)`): which tokens are real; `None`: all.
             lengths ([`TokenLengths`]): how many tokens each layer hands on.
+
+        Returns:
+            tuple: the stages, to be restored; hidden_states, attentions and kept_tokens of [`QuaLAMiniLMModelOutput`].
         """
         batch, length = hidden_states.shape[:2]
         if real is not None:
@@ -232,8 +225,8 @@ class QuaLAMiniLMEncoder(nn.Module):
             if with_maps:
                 attentions += (attention_map,)
             if output_kept_tokens:
-                kept_tokens += (kept_positions(stages[-1], alive, max(counts), length),)
-        return Encoded(
+                kept_tokens += (kept_positions(stages[-1], alive, max(counts, default=0), length),)
+        return (
             stages,
             all_hidden_states if output_hidden_states else None,
             attentions if with_maps else None,
@@ -340,7 +333,7 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
         output_attentions: Optional[bool] = None,
         output_hidden_states: Optional[bool] = None,
         output_kept_tokens: bool = False,
-        output_stages: bool = False,
+        read=None,
     ):
         """
         Args:
@@ -349,8 +342,7 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
             token_type_ids, position_ids (int64 `(batch, sequence)`): as in BERT.
             length_config: see [`QuaLAMiniLMConfig.token_lengths`]; the configuration's own by default.
             output_attentions, output_hidden_states, output_kept_tokens, return_dict (`bool`): what to return.
-            output_stages (`bool`): return the stages, and no last_hidden_state: who reads but a few columns of it
-                restores no more than these.
+            read (a callable): `(..., hidden)` to `(..., columns)`, by token: of few columns less is to be restored.
 
         Returns:
             [`QuaLAMiniLMModelOutput`], or a tuple of what is not `None` in it.
@@ -378,21 +370,31 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
             for each in (real, input_ids, token_type_ids, position_ids, inputs_embeds)
         )
         options = lengths, with_maps, output_hidden_states, output_kept_tokens
-        encoded = [
-            self.encoder(self.embeddings(*part), None if real is None or real.all() else real, *options)
-            for real, *part in split_rows(rows, *inputs)
-        ]
-        last_hidden_state = None
-        if not output_stages:
-            last_hidden_state = torch.cat([restore(part.stages, length) for part in encoded])
+        # Inductor wants packed int8 weights to be constants of its graph, which they are not.
+        is_uncompiled = self.config.int8_weights and torch.compiler.is_compiling()
+        encode = self._encode_uncompiled if is_uncompiled else self._encode
+        restored, parts = encode(split_rows(rows, *inputs), length, read, options)
         return QuaLAMiniLMModelOutput(
-            last_hidden_state=last_hidden_state,
-            stages=[part.stages for part in encoded] if output_stages else None,
-            # Where these are asked for, there is but one part.
-            hidden_states=encoded[0].hidden_states,
-            attentions=encoded[0].attentions if output_attentions else None,
-            kept_tokens=join_kept([part.kept_tokens for part in encoded]) if output_kept_tokens else None,
+            last_hidden_state=restored if read is None else None,
+            read=None if read is None else restored,
+            hidden_states=parts[0][0],  # asked for, they are of the one part that there is
+            attentions=parts[0][1] if output_attentions else None,
+            kept_tokens=join_kept([kept_tokens for *_, kept_tokens in parts]) if output_kept_tokens else None,
         )
+
+    def _encode(self, parts, length, read, options):
+        """What is restored of a batch in `parts`, and what else the encoder returns of each."""
+        restored, others = [], []
+        for real, *inputs in parts:
+            real = None if real is None or real.all() else real
+            stages, *other = self.encoder(self.embeddings(*inputs), real, *options)
+            restored.append(restore(stages, length, read))
+            others.append(other)
+        return torch.cat(restored), others
+
+    @torch.compiler.disable
+    def _encode_uncompiled(self, *args):
+        return self._encode(*args)
 
 
 class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
@@ -464,12 +466,12 @@ class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
             output_attentions,
             output_hidden_states,
             output_kept_tokens,
-            output_stages=True,
+            # Not the module itself, which accelerate's hooks would move along with the other arguments.
+            lambda states: self.qa_outputs(states),
             return_dict=True,
         )
-        batch, length = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
-        logits = torch.cat([restore(stages, length, self.qa_outputs) for stages in outputs.stages])
-        real = real_tokens(attention_mask, (batch, length))
+        logits = outputs.read
+        real = real_tokens(attention_mask, logits.shape[:2])
         if real is not None:
             real = real.to(logits.device)
             logits = logits.masked_fill(~real[..., None], torch.finfo(logits.dtype).min)

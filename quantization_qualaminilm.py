@@ -11,6 +11,8 @@ The float weights that it stands for are weight * weight_scale[:, None] / smooth
 weight_scale[:, None].
 """
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -206,13 +208,8 @@ class Int8Layer(DroppingLayer):
         self.output = Int8Residual(config, config.intermediate_size)
         self.scorer = Int8Scorer(config) if config.significance == "learned" else None
 
-    # Inductor wants packed int8 weights to be constants of its graph, which they are not.
-    @torch.compiler.disable
-    def forward(self, *args, **kwargs):
-        return super().forward(*args, **kwargs)
-
     def read(self, hidden_states):
-        """Rounded once for all that read it, uint8.
+        """Rounded once for all that read it, uint8; floats where somebody looks on or offloads.
 
         Raises:
             ValueError: these layers round their input differently.
@@ -221,7 +218,7 @@ class Int8Layer(DroppingLayer):
         readers = [attention.query, attention.key, attention.value]
         if self.scorer is not None:
             readers.append(self.scorer.dense)
-        if not all(map(is_plain, readers)):
+        if not all(map(is_plain, (attention, self.scorer, *readers))):
             return hidden_states
         kernels = [reader.kernel() for reader in readers]
         if any(kernel.grid != kernels[0].grid for kernel in kernels):
@@ -233,21 +230,27 @@ class Int8Layer(DroppingLayer):
 
     def feed_forward(self, context, residual):
         attention_output = self.attention.output(context, residual)
-        following = self.output.dense.kernel() if is_plain(self.output.dense) else None
+        inner, output = self.intermediate, self.output
+        is_plain_all = all(map(is_plain, (inner, inner.dense, output, output.dense)))
+        following = output.dense.kernel() if is_plain_all else None
         return self.output(self.intermediate(attention_output, following), attention_output)
 
 
 def is_plain(module):
-    """Whether nobody put a function in the place of the module's `forward`, as accelerate does, which may lend it its
-    tensors for the time of a call."""
-    return getattr(module.forward, "__func__", None) is type(module).forward
+    """Whether a call of `module` does no more than its own `forward`: nobody's hook is called with it, and nobody put a
+    function in the place of `forward`, as accelerate does, which may lend it its tensors for the time of a call."""
+    if module is None:
+        return True
+    own = getattr(module.forward, "__func__", None) is type(module).forward
+    return own and not (module._forward_pre_hooks or module._forward_hooks)
 
 
 class Int8Model:
     """What a [`PreTrainedModel`] of int8 weights, `config.int8_weights`, does differently."""
 
     def dequantize(self, dtype=None):
-        """Puts float weights in the place of int8 ones: to train, to save, or to run on a GPU.
+        """Puts float weights in the place of int8 ones: to train, to save, or to run on a GPU. Embeddings and layers
+        are others then, without the hooks that these had.
 
         Args:
             dtype (`torch.dtype`): of all weights; float32 by default.
@@ -260,13 +263,19 @@ class Int8Model:
         """
         if not self.config.int8_weights:
             raise ValueError("the weights are floats: you need to first quantize your model in order to dequantize it")
-        state = float_state(self)
-        self.config.int8_weights = False
+        config = copy.deepcopy(self.config)
+        config.int8_weights = False
         with torch.device("meta"):
-            floats = type(self)(self.config)
-        floats.load_state_dict(state, assign=True)
-        for name, module in floats.train(self.training).named_children():
-            setattr(self, name, module)
+            floats = type(self)(config)
+        floats.load_state_dict(float_state(self), strict=False, assign=True)  # there may be modules of the caller's
+        for name, module in list(self.named_modules()):
+            if isinstance(module, (QuantizedEmbedding, Int8Layer)):
+                twin = floats.get_submodule(name).train(self.training)
+                for part, kept in list(module.named_modules()):
+                    if isinstance(kept, (nn.LayerNorm, nn.Linear, nn.Conv1d)):  # floats already
+                        twin.set_submodule(part, kept)
+                self.set_submodule(name, twin)
+        self.config.int8_weights = False
         return self.to(dtype or torch.float32)
 
     def train(self, mode=True):
@@ -278,6 +287,16 @@ class Int8Model:
         if mode and self.config.int8_weights:
             raise ValueError("int8 weights cannot be trained: call dequantize() first")
         return super().train(mode)
+
+    def gradient_checkpointing_enable(self, *args, **kwargs):
+        """As in [`PreTrainedModel`].
+
+        Raises:
+            ValueError: the weights are int8.
+        """
+        if self.config.int8_weights:
+            raise ValueError("int8 weights cannot be trained: call dequantize() first")
+        return super().gradient_checkpointing_enable(*args, **kwargs)
 
     def num_parameters(self, only_trainable=False, exclude_embeddings=False):
         """As in [`PreTrainedModel`]: int8 weights count as the floats that they stand for, of which none learns."""

@@ -68,8 +68,12 @@ def card_table(folder):
     benchmark, presets, rows = read_results(folder, "benchmark"), read_presets(folder), []
     measured = timed(benchmark, presets)
     for shown, name, preset in CARD_ROWS:
-        scores, row = read_results(folder, f"test-int8-{preset}") if preset else None, measured[name]
-        cells = [shown, f"{scores['f1']:.1f} / {scores['em']:.1f}" if scores else "", f"{row['size_mb']:.0f} MB"]
+        scores, row = read_results(folder, f"test-int8-{preset}") if preset else None, measured.get(name)
+        cells = [shown, f"{scores['f1']:.1f} / {scores['em']:.1f}" if scores else ""]
+        if row is None:
+            rows.append([*cells, "not measured", "", "", ""])
+            continue
+        cells.append(f"{row['size_mb']:.0f} MB")
         for key in ("batch_1", "batch_32", "pipeline"):
             cells.append(
                 f"{row[key + '_ms']:{'.0f' if row[key + '_ms'] > 100 else '.1f'}} ({row[key + '_speedup']:.1f}x)"
@@ -219,7 +223,7 @@ def measured_figure(folder, file, path, decimals):
 
 
 def model_index(folder):
-    """What the Hub shows of the test scores, for the front matter."""
+    """What the Hub shows of the test scores at full and at fast, for the front matter."""
     return [
         EvalResult(
             task_type="question-answering",
@@ -306,8 +310,8 @@ def unmeasured_figures(text):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where README.md would change")
-    parser.add_argument("--folder", type=Path, default=ROOT, help="folder of README.md and results/ (this one)")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a document would change")
+    parser.add_argument("--folder", type=Path, default=ROOT, help="of the repository (this one)")
     arguments = parser.parse_args()
     folder = arguments.folder
     try:

@@ -223,10 +223,12 @@ def load_model(folder, **config_fields):
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(
         folder, config=config, attn_implementation=implementation, key_mapping={r"^roberta\.": "bert."}
     )
+    if model.config.int8_weights:
+        model.dequantize()
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return model.dequantize() if config.int8_weights else model
+    return model
 
 
 def last_checkpoint(folder):

@@ -104,7 +104,7 @@ def test_a_user_s_own_questions_settle_them_too(tmp_path, folder, tables, monkey
     full = json.loads((tmp_path / "out.json").read_text())["length_configs"]["full"]
     assert full["among_others"] is None and all(full["questions"].values())
     few = {"mine": tables["written-wiki"].select(range(4))}  # of one title
-    with pytest.raises(ValueError, match="3 validation questions have an answer, expected enough for two halves"):
+    with pytest.raises(ValueError, match="3 have an answer in their text and 1 have none, expected"):
         answerable.ask(few, 10, seed=0)
 
 

@@ -308,6 +308,12 @@ def test_ties_go_to_the_earlier_token_and_the_first_is_always_kept():
     assert alive.tolist() == [[True, True, False, False], [True] * 4]
 
 
+@pytest.mark.parametrize("length_config", ["full", [0.8, 0.5, 0.3]])
+def test_a_batch_of_no_rows_is_one(length_config):
+    outputs = tiny_model()(torch.zeros(0, 5, dtype=torch.long), length_config=length_config, output_kept_tokens=True)
+    assert outputs.start_logits.shape == (0, 5) and all(len(kept) == 0 for kept in outputs.kept_tokens)
+
+
 @pytest.mark.parametrize("significance", SIGNIFICANCES)
 def test_a_batch_with_a_row_of_padding_only_runs(significance):
     model = tiny_model(significance=significance)

@@ -390,6 +390,8 @@ def test_dequantised_it_trains_saves_and_loads(tmp_path):
     model, quantized = int8_model()
     with pytest.raises(ValueError, match=r"int8 weights cannot be trained: call dequantize\(\) first"):
         quantized.train()
+    with pytest.raises(ValueError, match=r"int8 weights cannot be trained: call dequantize\(\) first"):
+        quantized.gradient_checkpointing_enable()
     input_ids, mask = right_padded(model.config, [9, 5])
     exact = model(input_ids, mask).start_logits[mask.bool()]
     again = quantized.dequantize()
@@ -404,6 +406,49 @@ def test_dequantised_it_trains_saves_and_loads(tmp_path):
     again.eval().save_pretrained(tmp_path)
     loaded = QuaLAMiniLMForQuestionAnswering.from_pretrained(tmp_path)
     assert torch.equal(loaded(input_ids, mask).start_logits, again(input_ids, mask).start_logits)
+
+
+def test_dequantising_leaves_what_is_no_int8_as_it_was():
+    _, quantized = int8_model(significance="learned")
+    layer, called = quantized.bert.encoder.layer[0], []
+    kept = [
+        layer.output.LayerNorm,
+        layer.scorer.neighbourhood,
+        quantized.bert.embeddings.LayerNorm,
+        quantized.qa_outputs,
+    ]
+    for module in kept:
+        module.requires_grad_(False)
+        module.register_forward_hook(lambda *_: called.append(1))
+    quantized.mine = torch.nn.Linear(2, 3)
+    bert = quantized.bert
+    quantized.dequantize()
+    layer = bert.encoder.layer[0]
+    assert quantized.bert is bert and quantized.mine.weight.shape == (3, 2)
+    found = [layer.output.LayerNorm, layer.scorer.neighbourhood, bert.embeddings.LayerNorm, quantized.qa_outputs]
+    assert all(one is other for one, other in zip(found, kept))
+    assert not any(parameter.requires_grad for module in found for parameter in module.parameters())
+    assert layer.attention.self.query.weight.requires_grad
+    quantized(right_padded(quantized.config, [9])[0], length_config=[0.5, 0.5, 0.5])
+    assert len(called) == 3 + 2  # the head reads what was dropped, and what was not
+
+
+def test_whoever_looks_into_an_int8_layer_sees_floats():
+    _, quantized = int8_model()
+    input_ids, _ = right_padded(quantized.config, [9])
+    expected, seen = quantized(input_ids).start_logits, []
+    layer = quantized.bert.encoder.layer[1]
+    looked_at = layer.attention.self, layer.attention.self.key, layer.intermediate, layer.output.dense
+    hooks = [module.register_forward_hook(lambda _, taken, made: seen.append((taken[0], made))) for module in looked_at]
+    found = quantized(input_ids).start_logits
+    for taken, made in seen:
+        made = made[0] if isinstance(made, tuple) else made
+        assert taken.is_floating_point() and made.is_floating_point()
+    assert len(seen) == 4
+    torch.testing.assert_close(found, expected, atol=0.05, rtol=0)  # GELU rounds otherwise here and there
+    for hook in hooks:
+        hook.remove()
+    assert torch.equal(quantized(input_ids).start_logits, expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

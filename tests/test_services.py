@@ -15,8 +15,8 @@ from conftest import ROOT, once, right_padded
 from qualaminilm.kernels_qualaminilm import FloatKernel, OneDNNKernel
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
+from tests.test_documents import block
 from tests.test_quantization import int8_model, random_linear
-from tests.test_readme import block
 
 QUESTION = "Where do I live?"
 CONTEXT = "My name is Wolfgang and I live in Berlin. It is nice here, really."

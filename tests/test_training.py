@@ -8,10 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import tiny_config, tiny_folder, trains
+from conftest import ROOT, tiny_config, tiny_folder, trains
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe import student
-from recipe.training import EpochSampler, SpanTrainer, WindowCollator, bert_inputs, last_checkpoint, token_f1
+from recipe.training import (
+    EpochSampler,
+    SpanTrainer,
+    WindowCollator,
+    bert_inputs,
+    last_checkpoint,
+    load_model,
+    token_f1,
+)
 
 pytestmark = trains
 
@@ -19,6 +27,12 @@ pytestmark = trains
 def train(monkeypatch, *options):
     monkeypatch.setattr(sys, "argv", ["student", *map(str, options)])
     student.main()
+
+
+def test_what_is_trained_is_floats_without_dropout():
+    model = load_model(ROOT)  # int8
+    assert not model.config.int8_weights and all(each.is_floating_point() for each in model.parameters())
+    assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {0.0}
 
 
 def test_a_training_that_was_stopped_goes_on_to_the_same_weights(tmp_path, city_windows, monkeypatch):
