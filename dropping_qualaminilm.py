@@ -119,7 +119,7 @@ class Neighbourhood(nn.Conv1d):
     quicker way. It returns as many slots or more, as [`round_up`] asks."""
 
     def forward(self, states):
-        channels_first = F.pad(states, (0, 0, 0, round_up(states.shape[1]) - states.shape[1])).transpose(1, 2)
+        channels_first = add_tokens(states).transpose(1, 2)
         if self.groups <= 16:  # of so few channels, token by token, in bfloat16, oneDNN's kernel may never return
             channels_first = channels_first.contiguous()
         weight, padding = self.weight[:, :, None], (0, *self.padding)
@@ -311,3 +311,9 @@ def round_up(number, multiple=16):
     """The least multiple not below `number`: oneDNN builds a kernel for each number of tokens that it meets, which
     takes its time."""
     return number + -number % multiple
+
+
+def add_tokens(states):
+    """`states` (..., tokens, size) with zeros for more tokens, as [`round_up`] asks, contiguous."""
+    missing = round_up(states.shape[-2]) - states.shape[-2]
+    return F.pad(states, (0, 0, 0, missing)) if missing else states.contiguous()

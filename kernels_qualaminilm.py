@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .dropping_qualaminilm import round_up
+from .dropping_qualaminilm import add_tokens, round_up
 
 logger = logging.get_logger(__name__)
 
@@ -193,12 +193,6 @@ def bfloat16_attention(query, key, value, mask):
         return (powers @ add_tokens(value))[..., :queries, :].div_(total)
     query, key, value, mask = (each if each is None else each.float() for each in (query, key, value, mask))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).bfloat16()
-
-
-def add_tokens(states):
-    """`states` (..., tokens, size) with zeros for more tokens, as [`round_up`] asks, contiguous."""
-    missing = round_up(states.shape[-2]) - states.shape[-2]
-    return F.pad(states, (0, 0, 0, missing)) if missing else states.contiguous()
 
 
 def rounded_up(tokens):
