@@ -43,6 +43,14 @@ def ours_torch(path):
     ours(path, engine="torch")
 
 
+def without_torch(path):
+    sys.path.insert(0, path)
+    from reader import Reader
+
+    # With the question's two words and three special tokens.
+    Reader(path)("Which word?", "word " * (LENGTH - 6))
+
+
 def onnx_runtime(path):
     import numpy as np
     import onnxruntime

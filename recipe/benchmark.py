@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import BertConfig, BertForQuestionAnswering
 
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
-from qualaminilm.graph_qualaminilm import import_onnxruntime
+from qualaminilm.graph_qualaminilm import GRAPH_FILE, import_onnxruntime
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.quantization_qualaminilm import QuantizedLinear
@@ -112,11 +112,12 @@ def size_mb(model):
     return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) / 1e6
 
 
-def our_rows(model, folder, threads, calibration):
+def our_rows(model, tokenizer, folder, threads, calibration):
     """The int8 `model`, its float twin and its peers: name -> [`Row`].
 
     Args:
         model: the int8 model, run by torch.
+        tokenizer: its own.
         folder: where the peers' graphs are kept.
         threads (`int`): of every row.
         calibration: inputs for OpenVINO's quantisation, a `list` of dicts.
@@ -157,6 +158,7 @@ def our_rows(model, folder, threads, calibration):
     }
     stored = folder / "int8"
     model.save_pretrained(stored)
+    tokenizer.save_pretrained(stored)
     export_beside_weights(stored)
     in_graph = QuaLAMiniLMForQuestionAnswering.from_pretrained(stored, engine="onnxruntime").eval()
     for engine, engine_model in (("torch", model), ("ONNX Runtime", in_graph)):
@@ -165,6 +167,9 @@ def our_rows(model, folder, threads, calibration):
             rows[f"ours, {engine}, int8, {name}"] = Row(torch_row(engine_model, length_config=name), facts)
     rows["ours, torch, int8, full"].alone = ("ours_torch", stored)
     rows["ours, ONNX Runtime, int8, full"].alone = ("ours", stored)
+    rows["ours, without torch, int8, full"] = Row(
+        onnx_runtime_row(stored / GRAPH_FILE, threads), weighing(stored / GRAPH_FILE) | full, ("without_torch", stored)
+    )
     for name in ("full", cheapest(model.config)):
         path = folder / f"exported-{name}.onnx"
         onnx.save(build_graph(model, name), path)
@@ -369,7 +374,7 @@ def main():
     ]
     paper = json.loads((ROOT / "results" / "paper.json").read_text(encoding="utf-8"))["rows"]
     with tempfile.TemporaryDirectory() as folder:
-        rows = our_rows(model, folder, torch.get_num_threads(), calibration) | paper_rows(paper)
+        rows = our_rows(model, tokenizer, folder, torch.get_num_threads(), calibration) | paper_rows(paper)
         pipeline = QuestionAnsweringPipeline(model=model, tokenizer=tokenizer)
         measured = measure(rows, windows, pipeline, asked, scored, arguments.repeats)
         curves = {

@@ -151,7 +151,7 @@ def test_every_row_answers_the_same(tmp_path, tokenizer):
     windows = real_windows(QUESTIONS, tokenizer, LENGTH, 4)
     rows = [{name: windows[name][i].tolist() for name in ("input_ids", "token_type_ids")} for i in range(2)]
     calibration = [{name: tensor[i : i + 1] for name, tensor in windows.items()} for i in range(2)]
-    made = our_rows(quantize(floats, rows), tmp_path, 1, calibration)
+    made = our_rows(quantize(floats, rows), tokenizer, tmp_path, 1, calibration)
     inputs = {name: tensor[2:] for name, tensor in windows.items()}
     logits = {
         name: torch.as_tensor(benchmark.span_logits_of(row.run(inputs)).start_logits).flatten()
@@ -172,6 +172,7 @@ def test_every_row_answers_the_same(tmp_path, tokenizer):
         "MiniLM, OpenVINO, int8",
         "ours, torch, int8, full",
         "ours, ONNX Runtime, int8, full",
+        "ours, without torch, int8, full",
     }
     for row in made.values():
         if row.alone:
