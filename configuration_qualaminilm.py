@@ -4,7 +4,6 @@ import copy
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import re
 from numbers import Integral
@@ -15,7 +14,14 @@ from transformers import PretrainedConfig
 from transformers.utils import CONFIG_NAME, TRANSFORMERS_DYNAMIC_MODULE_NAME
 
 from .files_qualaminilm import stored_file, weights_sha256, write_whole
-from .length_configs_qualaminilm import PRESETS_FILE, LengthConfigs, is_number, read_presets, require
+from .length_configs_qualaminilm import (
+    PRESETS_FILE,
+    LengthConfigs,
+    is_number,
+    read_presets,
+    require,
+    require_answerability,
+)
 
 OLDEST = {"torch": (2, 8), "transformers": (4, 57)}
 
@@ -217,11 +223,7 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         if pad is not None or self.embedding_type == "roberta":
             legal = is_number(pad, Integral) and 0 <= pad < self.vocab_size
             require("pad_token_id", pad, legal, f"an int from 0 to {self.vocab_size - 1}")
-        threshold, calibration = self.no_answer_threshold, self.answerable_calibration
-        require("no_answer_threshold", threshold, threshold is None or is_finite(threshold), "None or a finite number")
-        legal = isinstance(calibration, list) and len(calibration) == 2 and all(map(is_finite, calibration))
-        legal = calibration is None or (legal and calibration[0] > 0)
-        require("answerable_calibration", calibration, legal, "None or a list of two finite numbers, the first above 0")
+        require_answerability(self.no_answer_threshold, self.answerable_calibration)
         model_type = others.get("model_type", self.model_type)
         require("model_type", model_type, isinstance(model_type, str), "a str")
         architectures, dtype = others.get("architectures"), others.get("dtype")
@@ -381,10 +383,6 @@ def keep_code(repository, **where):
 
 def _beside(name):
     return Path(__file__).with_name(name)
-
-
-def is_finite(value):
-    return is_number(value) and math.isfinite(value)
 
 
 def is_str(value):

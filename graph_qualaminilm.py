@@ -61,7 +61,7 @@ class Graph:
     """
 
     def __init__(self, path, threads):
-        self.path = str(path)
+        self.path = os.path.abspath(path)  # the process may go to another folder
         self.sessions = {}  # by process and number of threads
         self.metadata = None
         self.metadata = metadata(self._session(threads))

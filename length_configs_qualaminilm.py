@@ -4,6 +4,7 @@ Nothing here needs torch or transformers, nor does what runs the exported graph 
 """
 
 import json
+import math
 import re
 import reprlib
 from collections import Counter
@@ -194,6 +195,18 @@ def is_plain_name(name):
 def is_number(value, kind=Real):
     """Whether `value` is of `kind`, booleans not being numbers."""
     return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def is_finite(value):
+    return is_number(value) and math.isfinite(value)
+
+
+def require_answerability(threshold, calibration):
+    """Raises a [`ValueError`] unless these are a model's `no_answer_threshold` and `answerable_calibration`."""
+    require("no_answer_threshold", threshold, threshold is None or is_finite(threshold), "None or a finite number")
+    legal = isinstance(calibration, list) and len(calibration) == 2 and all(map(is_finite, calibration))
+    legal = calibration is None or (legal and calibration[0] > 0)
+    require("answerable_calibration", calibration, legal, "None or a list of two finite numbers, the first above 0")
 
 
 def require(name, value, legal, accepted):

@@ -13,9 +13,10 @@ import hashlib
 import importlib
 import json
 import os
+import reprlib
 import sys
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -84,12 +85,14 @@ class Reader(length_configs.LengthConfigs):
         stated = config.get("weights_sha256")
         if stated is not None and json.loads(self.graph.metadata.get("weights_sha256", "null")) != stated:
             raise ValueError(f"{path} was made from other weights than {folder / 'config.json'} states")
+        threshold, calibration = config.get("no_answer_threshold"), config.get("answerable_calibration")
+        length_configs.require_answerability(threshold, calibration)
         self.reading = reading.Reading(
-            Tokenizer.from_file(str(folder / "tokenizer.json")),
+            read_tokenizer(folder / "tokenizer.json"),
             max_seq_len=min(tokenizer.get("model_max_length", 384), 384),
             positions=self.max_position_embeddings - (self.pad_token_id + 1 if self.is_roberta else 0),
-            no_answer_threshold=config.get("no_answer_threshold"),
-            answerable_calibration=config.get("answerable_calibration"),
+            no_answer_threshold=threshold,
+            answerable_calibration=calibration,
         )
         self.reading.tokenizer.encode_special_tokens = bool(tokenizer.get("split_special_tokens", False))
         self.from_the_end = tokenizer.get("truncation_side") == "left"
@@ -99,22 +102,22 @@ class Reader(length_configs.LengthConfigs):
         question,
         context=None,
         *,
-        top_k=1,
+        top_k=None,
         doc_stride=None,
-        max_answer_len=15,
+        max_answer_len=None,
         max_seq_len=None,
         max_question_len=None,
-        handle_impossible_answer=False,
+        handle_impossible_answer=None,
         no_answer_threshold=None,
-        return_answerable=False,
-        align_to_words=True,
+        return_answerable=None,
+        align_to_words=None,
         batch_size=None,
         length_config=None,
     ):
         """
         Args:
             question, context (`str`); or, as first argument, a dict of them; or an iterable of such dicts.
-            The others: as in the pipeline.
+            The others: as in the pipeline; `None`, its default.
 
         Returns:
             as the pipeline: for one question a dict of score, start, end and answer, or where `top_k` is above 1 a list
@@ -131,29 +134,34 @@ class Reader(length_configs.LengthConfigs):
             doc_stride=doc_stride,
             batch_size=batch_size,
             no_answer_threshold=no_answer_threshold,
+            handle_impossible_answer=handle_impossible_answer,
+            return_answerable=return_answerable,
+            align_to_words=align_to_words,
         )
         lengths = self.token_lengths(length_config)
         if isinstance(question, str) or context is not None:
             question = {"question": question, "context": context}
         is_single, is_list = isinstance(question, Mapping), isinstance(question, (list, tuple))
+        if not isinstance(question, Iterable) or isinstance(question, bytes):
+            raise ValueError(f"the first argument is {reprlib.repr(question)}, expected a dict or an iterable of dicts")
         examples = checked([question] if is_single else question, numbered=not is_single)
         answers = self.reading.answers(
-            list(examples) if is_list else examples,
+            at_once(examples) if is_list else examples,
             lambda windows: self.logits(windows, lengths),
-            windows={
-                "doc_stride": doc_stride,
-                "max_question_len": max_question_len,
-                "max_seq_len": max_seq_len,
-                "from_the_end": self.from_the_end,
-            },
-            best={
-                "top_k": top_k,
-                "max_answer_len": max_answer_len,
-                "align_to_words": align_to_words,
-                "handle_impossible_answer": handle_impossible_answer,
-                "no_answer_threshold": no_answer_threshold,
-                "return_answerable": return_answerable,
-            },
+            windows=given(
+                doc_stride=doc_stride,
+                max_question_len=max_question_len,
+                max_seq_len=max_seq_len,
+                from_the_end=self.from_the_end,
+            ),
+            best=given(
+                top_k=top_k,
+                max_answer_len=max_answer_len,
+                align_to_words=align_to_words,
+                handle_impossible_answer=handle_impossible_answer,
+                no_answer_threshold=no_answer_threshold,
+                return_answerable=return_answerable,
+            ),
             numbered=not is_single,
             at_once=not (is_single or is_list),
             batch_size=batch_size,
@@ -168,9 +176,22 @@ class Reader(length_configs.LengthConfigs):
         inputs = reading.padded(windows, self.pad_token_id, self.type_vocab_size)
         if self.is_roberta:
             del inputs["token_type_ids"]
-        logits = np.stack(self.graph(inputs, lengths, self.threads), 1)
+        try:
+            logits = np.stack(self.graph(inputs, lengths, self.threads), 1)
+        except graph.Unusable as why:  # in a process that has yet to read it
+            raise ValueError(str(why)) from None
         # Copied, or each window would hold its whole batch's.
         return [logits[row][:, window.scored()] for row, window in enumerate(windows)]
+
+
+def given(**arguments):
+    """Those that are not `None`."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def at_once(examples):
+    """The same, all of them looked at before the first is answered."""
+    yield from list(examples)
 
 
 def collected(answers):
@@ -204,6 +225,14 @@ def read_object(path):
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     length_configs.require(str(path), content, isinstance(content, dict), "a JSON object")
     return content
+
+
+def read_tokenizer(path):
+    text = path.read_text(encoding="utf-8")
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # of no kind of its own
+        raise ValueError(f"{path} is no tokenizer: {error}") from None
 
 
 def processors():
