@@ -182,6 +182,9 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             doc_stride=doc_stride,
             padding=padding,
             no_answer_threshold=no_answer_threshold,
+            handle_impossible_answer=handle_impossible_answer,
+            return_answerable=return_answerable,
+            align_to_words=align_to_words,
         )
         if length_config is not None:
             self.model.config.token_lengths(length_config)

@@ -4,7 +4,7 @@ Nothing here computes with a model: whatever does, by torch or not, is handed wi
 numpy and a tokenizer of the tokenizers package, so that all that answers, answers alike.
 
 Where a text is one window, spans and scores are those of the `QuestionAnsweringPipeline` of transformers 4.57, but that
-an answer does not end in the middle of an address, a file name or a number.
+an answer does not end in the middle of an address, a file name or a decimal number.
 """
 
 import contextlib
@@ -36,8 +36,10 @@ def check_options(
     batch_size=None,
     padding=None,
     no_answer_threshold=None,
+    **switches,
 ):
-    """Raises a [`ValueError`] that names an argument which is none of the accepted values; `None` is always one."""
+    """Raises a [`ValueError`] that names an argument which is none of the accepted values; `None` is always one.
+    `switches` are those which are on or off."""
     for name, value, least in (
         ("top_k", top_k, 1),
         ("max_answer_len", max_answer_len, 1),
@@ -56,6 +58,9 @@ def check_options(
         or math.isnan(no_answer_threshold)
     ):
         raise ValueError(f"no_answer_threshold is {no_answer_threshold!r}, expected a number")
+    for name, value in switches.items():
+        if value is not None and not isinstance(value, (bool, np.bool_)):
+            raise ValueError(f"{name} is {value!r}, expected True or False")
 
 
 def check_example(example):
@@ -125,6 +130,11 @@ class Window:
     def __len__(self):
         return len(self.ids_around[0]) + self.span.stop - self.span.start + len(self.ids_around[1])
 
+    @property
+    def width(self):
+        """Tokens that it takes, its own padding included."""
+        return max(len(self), self.padded_length)
+
     def model_inputs(self):
         """By name, one int64 array each, (tokens,)."""
         ids = self.tokens.ids[self.span]
@@ -145,13 +155,15 @@ class Window:
 
     def characters(self, first, last, align_to_words):
         """Characters of the context from the window's context token `first` to its `last`, (start, end); widened to
-        whole words, as far as they stand in the window, if `align_to_words`."""
-        if align_to_words:
-            words = self.tokens.words[self.span]
-            if words[first] != -1 != words[last]:
-                first = np.flatnonzero(words == words[first])[0]
-                last = np.flatnonzero(words == words[last])[-1]
-        return int(self.tokens.starts[self.span][first]), int(self.tokens.ends[self.span][last])
+        whole words, which may reach out of the window, if `align_to_words`."""
+        first, last = self.span.start + first, self.span.start + last
+        words = self.tokens.words
+        if align_to_words and words[first] != -1 != words[last]:
+            while first > 0 and words[first - 1] == words[first]:
+                first -= 1
+            while last < len(words) - 1 and words[last + 1] == words[last]:
+                last += 1
+        return int(self.tokens.starts[first]), int(self.tokens.ends[last])
 
 
 def padded(windows, pad_token_id, token_types=2):
@@ -163,7 +175,7 @@ def padded(windows, pad_token_id, token_types=2):
     Returns:
         `dict` of input_ids, token_type_ids and attention_mask, int64 (windows, tokens).
     """
-    shape = len(windows), max(max(len(window), window.padded_length) for window in windows)
+    shape = len(windows), max(window.width for window in windows)
     inputs = {
         "input_ids": np.full(shape, pad_token_id, dtype=np.int64),
         "token_type_ids": np.zeros(shape, dtype=np.int64),
@@ -428,7 +440,7 @@ def batches(windows, size, tokens, at_once):
     try:
         for row, i in windows:
             group.append((row, i))
-            waiting += len(row.windows[i])
+            waiting += row.windows[i].width
             if size is not None:
                 full = len(group) == size
             else:
@@ -445,8 +457,8 @@ def batches(windows, size, tokens, at_once):
 def of_like_length(group, tokens):
     """Yields the group's windows, shortest first, in lists that have so many tokens when padded; longer ones alone."""
     batch = []
-    for row, i in sorted(group, key=lambda each: len(each[0].windows[each[1]])):
-        if batch and (len(batch) + 1) * len(row.windows[i]) > tokens:
+    for row, i in sorted(group, key=lambda each: each[0].windows[each[1]].width):
+        if batch and (len(batch) + 1) * row.windows[i].width > tokens:
             yield batch
             batch = []
         batch.append((row, i))

@@ -3,6 +3,7 @@
 import itertools
 import math
 import re
+import unicodedata
 
 import numpy as np
 
@@ -17,7 +18,7 @@ PARTING = re.compile(r"(?<![0-9]),|,(?![0-9])|(?<=[^\W\d_]):(?=[^\W\d_])")
 LONGEST_RUN = 1000  # characters
 # What runs are strings, left as they are but for their ends; see `whole_string`.
 STRING = re.compile(
-    r"@|://|_"
+    r"@|://|[^\W_]_+[^\W_]|^__[a-z]|\._"
     r"|[^\W_][#$%&*^~][^\W_]"
     r"|[^\W_]\+[0-9]"
     r"|[0-9]\.[0-9]|[^\W_]\.[a-z]|[A-Z]\.[A-Z](?![a-z])"
@@ -25,6 +26,7 @@ STRING = re.compile(
     r"|^[-+\u2212\u00b1]\.?[0-9]"
     r"|^(?=.*[0-9]).*[^\W_]![^\W_]"
 )
+NAME = re.compile(r"__[a-z]")  # of Python's own
 SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*$")  # of an address, before its ://
 COUNTRY = re.compile(r"[A-Z]{1,3}(?=[$\u00a3\u20ac][0-9])")  # the US of `US$5`
 FIELD = re.compile(r"[^\w\n]*(?P<field>\w[^:\n]{0,39}):[ \t]+\S")  # a line that begins so is `field: value`
@@ -92,7 +94,11 @@ class WindowSpans:
             until = min(last, max(2 * first, 16))
             for log_probability, start, end in self._of_rank(first, until):
                 start, end = self.window.characters(start, end, self.align_to_words)
+                text = self.context[start:end]
+                if not text.strip():  # byte-level tokens may hold nothing but blanks
+                    continue
                 if self.align_to_words:
+                    start, end = start + len(text) - len(text.lstrip()), end - len(text) + len(text.rstrip())
                     start, end = whole_string(self.context, start, end)
                 yield log_probability, start, end
             first = until
@@ -118,7 +124,7 @@ def whole_string(context, start, end):
     ends. Where the answer's first or last character stands in a run that is a string, the answer begins or ends with
     it; elsewhere it stays as it is, so that plain words are never joined. A run is a string if it holds
 
-    - @, :// or _;
+    - @, ://, or _ between letters or digits, after a dot, or twice at its beginning. Not those of `_stress_`;
     - a dot before a digit, after one; before a small letter, after any letter or digit; or between capitals. Not that
       of `end.Next`, a full stop whose blank is missing;
     - a slash between digits or capitals, at its beginning, or a second one. Not that of `and/or`;
@@ -131,11 +137,16 @@ def whole_string(context, start, end):
     line's field, or the next line goes on with the value: it is no field itself, and begins with a small letter, or
     the first ends with a comma or the like, or is so long (`WRAPPED`) that it was wrapped.
 
+    To its last letter belong the accents that follow it, which no token of decomposed text holds.
+
     Args:
         context (`str`); start, end (`int`): characters of it, `start < end`.
     """
     end = end_of_field(context, start, end)
-    return min(start, string_around(context, start)[0]), max(end, string_around(context, end - 1)[1])
+    start, end = min(start, string_around(context, start)[0]), max(end, string_around(context, end - 1)[1])
+    while end < len(context) and unicodedata.category(context[end]) == "Mn":
+        end += 1
+    return start, end
 
 
 def string_around(context, place):
@@ -158,6 +169,8 @@ def string_around(context, place):
             end -= 1
         elif run.endswith("'s"):
             end -= 2
+        elif run[0] == run[-1] == "_" and not NAME.match(run):
+            start, end = start + 1, end - 1
         else:
             break
         run = context[start:end]

@@ -107,6 +107,7 @@ def brute_force_answers(qa, question, context, top_k, max_answer_len, max_seq_le
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
     )
+    whole = qa.tokenizer(context, add_special_tokens=False)  # a window's edge cuts words
     evidence, all_evidence = {}, 1
     for i, offsets in enumerate(encoded["offset_mapping"]):
         inputs = {name: torch.tensor([encoded[name][i]]) for name in qa.tokenizer.model_input_names}
@@ -125,9 +126,11 @@ def brute_force_answers(qa, question, context, top_k, max_answer_len, max_seq_le
         for rank, (score, s, e) in enumerate(spans):
             first, last = offsets[s][0], offsets[e][1]
             if align_to_words:
-                first = encoded.word_to_chars(i, encoded.token_to_word(i, s), 1).start
-                last = encoded.word_to_chars(i, encoded.token_to_word(i, e), 1).end
+                first = whole.word_to_chars(0, encoded.token_to_word(i, s)).start
+                last = whole.word_to_chars(0, encoded.token_to_word(i, e)).end
             text = context[first:last].lower()
+            if not text.strip():  # tokens of RoBERTa's
+                continue
             if rank < (12 if align_to_words else 1):
                 merged[text] = merged.get(text, 0) + score
             singles[text] = max(singles.get(text, 0), score)
@@ -173,6 +176,7 @@ def test_windows_are_those_that_the_tokenizer_makes(request, family, data):
     finally:
         tokenizer.truncation_side = "right"
     assert len(found) == len(expected)
+    whole = tokenizer(context, add_special_tokens=False)  # a window's edge cuts words
     for mine, theirs in zip(found, expected):
         inputs = mine.model_inputs()
         assert inputs["input_ids"].tolist() == theirs.ids
@@ -184,7 +188,7 @@ def test_windows_are_those_that_the_tokenizer_makes(request, family, data):
             assert mine.characters(i, i, align_to_words=False) == theirs.offsets[token]
             word = theirs.token_to_word(token)
             if word is not None:
-                assert mine.characters(i, i, align_to_words=True) == theirs.word_to_chars(word, 1)
+                assert mine.characters(i, i, align_to_words=True) == whole.word_to_chars(0, word)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from conftest import ROOT, once
 from qualaminilm import reading_qualaminilm
-from qualaminilm.reading_qualaminilm import Reading, check_options, padded
+from qualaminilm.reading_qualaminilm import Reading, Row, Tokens, batches, check_options, padded
 
 WORDS = ["who", "Ann", "ann", "Bob", "Cleo", "Lima"]
 TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=9).map(" ".join)
@@ -251,6 +251,53 @@ def test_padding_is_masked_and_windows_are_as_long_as_the_longest():
     assert inputs["token_type_ids"].tolist() == [[0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 0]]
     assert inputs["attention_mask"].tolist() == [[1] * 6, [1] * 5 + [0]]
     assert not padded(windows, 0, token_types=1)["token_type_ids"].any()
+
+
+def test_padding_that_is_asked_for_counts_in_a_batch():
+    windows = READING.windows("who", READING.tokens("Ann"), padding="max_length", max_seq_len=40)
+    row = Row("Ann", windows * 7, [None] * 7, 7)
+    found = list(batches(((row, i) for i in range(7)), None, 100, at_once=False))
+    assert [len(each) for each in found] == [2, 2, 2, 1] and padded(windows, 0)["input_ids"].shape == (1, 40)
+
+
+def test_a_word_that_a_window_s_edge_cuts_is_whole_in_both_windows():
+    pieces = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "who", "rain", "met", "##oc", "##lo"]
+    wordpiece = models.WordPiece({token: i for i, token in enumerate(pieces)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(wordpiece)
+    tokenizer.pre_tokenizer, tokenizer.post_processor = pre_tokenizers.Whitespace(), a_tokenizer().post_processor
+    reading = Reading(tokenizer, max_seq_len=8, positions=50)
+    context = "rain rain metoclo rain"
+    windows = reading.windows("who", reading.tokens(context), doc_stride=0)
+    assert [window.span for window in windows] == [slice(0, 4), slice(4, 6)]
+    for window, first, last in ((windows[0], 2, 3), (windows[1], 0, 0)):
+        start, end = window.characters(first, last, True)
+        assert context[start:end] == "metoclo"
+    cut = [context[slice(*windows[0].characters(2, 3, False))], context[slice(*windows[1].characters(0, 0, False))]]
+    assert cut == ["metoc", "lo"]
+    # The same characters seen by two windows are one answer.
+    logits = list(logits_of(windows, {3: (9, 0), 4: (0, 9)}, {1: (8, 8)}))
+    answers = reading.best(context, windows, logits, top_k=9, max_answer_len=2)
+    assert [answer["answer"] for answer in answers].count("metoclo") == 1
+    assert answers[0]["answer"] == "metoclo" and not {"metoc", "lo"} & {answer["answer"] for answer in answers}
+
+
+def test_tokens_of_nothing_but_blanks_are_no_answer():
+    """As byte-level tokenizers have them."""
+    context = "\n \nBerlin is"
+    places = [(0, 1), (1, 1), (2, 9), (10, 12)]
+    starts, ends = np.array(places).T
+    windows = READING.windows("who", Tokens(np.arange(4), np.array([0, 1, 2, 3]), starts, ends))
+    logits = list(logits_of(windows, {1: (9, 9), 2: (8, 8), 3: (3, 3)}))
+    answers = READING.best(context, windows, logits, top_k=99)
+    assert answers[0] == answers[0] | {"answer": "Berlin", "start": 3, "end": 9}
+    assert all(each["answer"] == context[each["start"] : each["end"]].strip() != "" for each in answers)
+
+
+@pytest.mark.parametrize("name", ["handle_impossible_answer", "return_answerable", "align_to_words"])
+def test_a_switch_is_on_or_off(name):
+    check_options(**{name: None}), check_options(**{name: np.True_}), check_options(**{name: False})
+    with pytest.raises(ValueError, match=f"{name} is 'false', expected True or False"):
+        check_options(**{name: "false"})
 
 
 def test_what_others_set_on_their_tokenizer_is_left_alone():

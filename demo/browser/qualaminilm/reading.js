@@ -93,14 +93,14 @@ export class Window {
      *
      * @param {number} first
      * @param {number} last
-     * @param {boolean} alignToWords whether they are widened to whole words, as far as these stand in the window
+     * @param {boolean} alignToWords whether they are widened to whole words, which may reach out of the window
      * @returns {[number, number]} start and end
      */
     characters(first, last, alignToWords) {
         const { words, starts, ends } = this.tokens;
         [first, last] = [this.start + first, this.start + last];
-        while (alignToWords && first > this.start && words[first - 1] === words[first]) first--;
-        while (alignToWords && last < this.end - 1 && words[last + 1] === words[last]) last++;
+        while (alignToWords && first > 0 && words[first - 1] === words[first]) first--;
+        while (alignToWords && last < words.length - 1 && words[last + 1] === words[last]) last++;
         return [starts[first], ends[last]];
     }
 }

@@ -15,7 +15,7 @@ const APART = new RegExp(
 const PARTING = /(?<![0-9]),|,(?![0-9])|(?<=[\p{L}\p{Nl}\p{No}]):(?=[\p{L}\p{Nl}\p{No}])/gu;
 const LONGEST_RUN = 1000; // characters
 const STRING = new RegExp(
-    "@|://|_" +
+    `@|://|${LETTER}_+${LETTER}|^__[a-z]|\\._` +
         `|${LETTER}[#$%&*^~]${LETTER}` +
         `|${LETTER}\\+[0-9]` +
         `|[0-9]\\.[0-9]|${LETTER}\\.[a-z]|[A-Z]\\.[A-Z](?![a-z])` +
@@ -24,6 +24,8 @@ const STRING = new RegExp(
         `|^(?=.*[0-9]).*${LETTER}!${LETTER}`,
     "u",
 );
+const NAME = /^__[a-z]/; // of Python's own
+const ACCENT = /^\p{Mn}/u;
 const SCHEME = /[a-zA-Z][a-zA-Z0-9+.-]*$/; // of an address, before its ://
 const COUNTRY = /^[A-Z]{1,3}(?=[$\u00a3\u20ac][0-9])/; // the US of `US$5`
 /** A line that begins so is `field: value`. */
@@ -154,7 +156,9 @@ function logAddExp(one, other) {
  */
 export function wholeString(context, start, end) {
     end = endOfField(context, start, end);
-    return [Math.min(start, stringAround(context, start)[0]), Math.max(end, stringAround(context, end - 1)[1])];
+    [start, end] = [Math.min(start, stringAround(context, start)[0]), Math.max(end, stringAround(context, end - 1)[1])];
+    for (let mark; (mark = ACCENT.exec(context.slice(end, end + 2))); ) end += mark[0].length;
+    return [start, end];
 }
 
 /** Where the string that the character at `place` is part of starts and ends; that character alone if it is of none. */
@@ -175,6 +179,7 @@ function stringAround(context, place) {
         if ("'*:=".includes(run[0]) || (run[0] === "(" && (isUnmatched || last === ")"))) start++;
         else if (".,:!?'*".includes(last) || (last === ")" && isUnmatched)) end--;
         else if (run.endsWith("'s")) end -= 2;
+        else if (run[0] === "_" && last === "_" && !NAME.test(run)) [start, end] = [start + 1, end - 1];
         else break;
         run = context.slice(start, end);
     }
