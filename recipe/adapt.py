@@ -4,7 +4,6 @@ One set of weights learns to answer at any `length_config` (Length-Adaptive Tran
 section 3; QuaLA-MiniLM, arXiv:2210.17114, section 2). See recipe.training for what all trainings share.
 """
 
-import math
 import random
 from dataclasses import dataclass, field
 
@@ -22,7 +21,8 @@ from recipe.training import (
     train,
 )
 
-MOST_LEFT = 0.7  # of the tokens, in a sub-model: what drops less is near enough to the full model
+MOST_MACS = 0.7  # of the full model's, in a sub-model: what drops less is near enough to it
+LEAST_LEFT = 0.05  # of the tokens, in a sub-model
 
 
 @dataclass
@@ -35,8 +35,8 @@ class AdaptArguments(SpanArguments):
         default_factory=list, metadata={"help": "Layers, from 0, that sub-models may drop tokens in; all by default."}
     )
     at_most: int = field(default=3, metadata={"help": "Layers that one sub-model drops tokens in."})
-    least_left: float = field(
-        default=0.1, metadata={"help": "Share of the tokens that the smallest sub-model ends with."}
+    least_macs: float = field(
+        default=0.38, metadata={"help": "MACs of the smallest sub-model, as a share of the full model's."}
     )
     num_sandwich: int = field(default=1, metadata={"help": "Random sub-models a step, beside a smallest one."})
     sub_model_weight: float = field(
@@ -53,8 +53,8 @@ class AdaptArguments(SpanArguments):
     def __post_init__(self):
         if self.scorers_only and self.significance != "learned":
             raise ValueError(f"--scorers_only with --significance {self.significance}, which has no scorers")
-        if not 0 < self.least_left < MOST_LEFT:
-            raise ValueError(f"--least_left is {self.least_left}, expected a number between 0 and {MOST_LEFT}")
+        if not 0 < self.least_macs < MOST_MACS:
+            raise ValueError(f"--least_macs is {self.least_macs}, expected a number between 0 and {MOST_MACS}")
         if not 0 <= self.share <= 1:
             raise ValueError(f"--share is {self.share}, expected a number in [0, 1]")
 
@@ -75,7 +75,8 @@ class AdaptTrainingArguments(SpanTrainingArguments):
 class AdaptTrainer(SpanTrainer):
     """Trains the full model on the labels, and sub-models and scorers on what the full model answers.
 
-    The scorers' loss reaches the layers below them too: they learn to know early what will matter.
+    The scorers' loss reaches the layers below them too, where tokens are to be dropped: they learn to know early what
+    will matter.
     """
 
     def create_optimizer(self, model=None):
@@ -93,8 +94,8 @@ class AdaptTrainer(SpanTrainer):
         targets, teacher_logits = inputs.pop("targets"), inputs.pop("teacher_logits", None)
         inputs = self.inputs_of(inputs)
         mask = inputs["attention_mask"]
-        encoder = self.accelerator.unwrap_model(model).bert.encoder
-        scorers = [layer.scorer for layer in encoder.layer if layer.scorer is not None]
+        unwrapped = self.accelerator.unwrap_model(model)
+        scorers = [layer.scorer for layer in unwrapped.bert.encoder.layer if layer.scorer is not None]
 
         full = model(**inputs, output_hidden_states=bool(scorers), output_attentions=bool(scorers))
         logits = span_logits(full, mask)
@@ -102,29 +103,46 @@ class AdaptTrainer(SpanTrainer):
         losses = []
         if scorers:
             needed = relevance(answer.mean(1), full.attentions)
-            losses.append(ranking_loss(scorers, full.hidden_states, needed, mask))
+            choosing = self.arguments.choosing or range(len(scorers))
+            states = [each if i in choosing else each.detach() for i, each in enumerate(full.hidden_states)]
+            losses.append(ranking_loss(scorers, states, needed, mask))
         if not self.arguments.scorers_only:
             losses.append(self.answer_loss(logits, targets, teacher_logits))
-            for length_config in self.sub_models(len(encoder.layer)):
+            for length_config in self.sub_models(unwrapped.config):
                 sub_model = model(**inputs | {"length_config": length_config}, output_kept_tokens=True)
                 losses.append(self.arguments.sub_model_weight * following_loss(sub_model, answer, mask))
         loss = sum(losses)
         return (loss, full) if return_outputs else loss
 
-    def sub_models(self, layers):
-        """The step's sub-models, which follow from (seed, step): a length config each.
+    def sub_models(self, config):
+        """The step's sub-models of a model of this `config`, which follow from (seed, step): a length config each.
 
-        The sandwich rule: a smallest one, which ends with `least_left` of the tokens, and `num_sandwich` that end with
-        more. Which layers drop tokens, and how much of it each does, is drawn for every one of them.
+        The sandwich rule: a smallest one, of `least_macs`, and `num_sandwich` of more.
         """
         rng = random.Random(f"{self.args.seed} {self.state.global_step}")
-        choosing = self.arguments.choosing or range(layers)
-        least, most = math.log(self.arguments.least_left), math.log(MOST_LEFT)
-        for left in [least, *(rng.uniform(least, most) for _ in range(self.arguments.num_sandwich))]:
-            chosen = rng.sample(choosing, rng.randint(1, min(self.arguments.at_most, len(choosing))))
-            parts = [rng.random() if layer in chosen else 0.0 for layer in range(layers)]
-            done = [sum(parts[: layer + 1]) / sum(parts) for layer in range(layers)]
-            yield [math.exp(left * each) for each in done]
+        choosing, least = self.arguments.choosing or range(config.num_hidden_layers), self.arguments.least_macs
+        for share in [least, *(rng.uniform(least, MOST_MACS) for _ in range(self.arguments.num_sandwich))]:
+            yield draw_sub_model(rng, config, share, choosing, self.arguments.at_most)
+
+
+def draw_sub_model(rng, config, macs_share, choosing, at_most):
+    """A length config of at most so large a share of the MACs, or, of a model that cannot have it, with [`LEAST_LEFT`]:
+    which of the layers `choosing` drop tokens, and how much of it each does, is drawn."""
+
+    def shares(left):
+        return [left**each for each in done]
+
+    for _ in range(100):
+        chosen = rng.sample(choosing, rng.randint(1, min(at_most, len(choosing))))
+        parts = [rng.random() if layer in chosen else 0.0 for layer in range(config.num_hidden_layers)]
+        done = [sum(parts[: layer + 1]) / sum(parts) for layer in range(config.num_hidden_layers)]
+        if config.macs_share(shares(LEAST_LEFT)) <= macs_share:  # else they drop too late
+            break
+    least, most = LEAST_LEFT, 1.0
+    while most - least > 1e-3:
+        middle = (least + most) / 2
+        least, most = (middle, most) if config.macs_share(shares(middle)) <= macs_share else (least, middle)
+    return shares(least)
 
 
 def following_loss(sub_model, answer, attention_mask):

@@ -33,24 +33,32 @@ def trainer(seed=0, step=0, **fields):
     return this
 
 
-@given(st.integers(0, 10**6), st.sets(st.integers(0, 5), min_size=1).map(sorted), st.floats(0.01, 0.6), st.data())
-def test_sub_models_choose_where_they_may(step, choosing, least_left, data):
-    at_most = data.draw(st.integers(1, 7))
-    options = {"choosing": choosing, "at_most": at_most, "least_left": least_left, "num_sandwich": 4}
-    smallest, *others = trainer(step=step, **options).sub_models(6)
-    assert smallest[-1] == pytest.approx(least_left) and len(others) == 4
+@given(st.integers(0, 10**6), st.sets(st.integers(0, 5)).map(sorted), st.integers(0, 2), st.data())
+def test_sub_models_choose_where_they_may(step, choosing, first, data):
+    choosing = sorted({first, *choosing})  # from layer 2 on 0.45 can be had
+    at_most, least_macs = data.draw(st.integers(1, 7)), data.draw(st.floats(0.45, 0.6))
+    options = {"choosing": choosing, "at_most": at_most, "least_macs": least_macs, "num_sandwich": 4}
+    config = QuaLAMiniLMConfig()
+    smallest, *others = trainer(step=step, **options).sub_models(config)
+    assert config.macs_share(smallest) == pytest.approx(least_macs, abs=0.01) and len(others) == 4
     for shares in (smallest, *others):
-        tiny_config(num_hidden_layers=6).token_lengths(shares)
-        assert least_left - 1e-9 <= shares[-1] <= 0.7 + 1e-9
+        assert least_macs - 0.01 <= config.macs_share(shares) <= 0.7 and shares[-1] >= 0.05
         dropping = [layer for layer, (a, b) in enumerate(pairwise([1.0, *shares])) if b < a]
         assert set(dropping) <= set(choosing) and 1 <= len(dropping) <= at_most
 
 
+def test_of_a_model_that_cannot_drop_as_much_little_is_left():
+    config = QuaLAMiniLMConfig()
+    for shares in trainer(choosing=[4], num_sandwich=0).sub_models(config):
+        assert shares == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.05, 0.05])
+
+
 def test_sub_models_follow_from_the_seed_and_the_step():
-    first = list(trainer(seed=1, step=7).sub_models(6))
-    assert first == list(trainer(seed=1, step=7).sub_models(6))
-    assert first != list(trainer(seed=1, step=8).sub_models(6))
-    assert first != list(trainer(seed=2, step=7).sub_models(6))
+    config = QuaLAMiniLMConfig()
+    first = list(trainer(seed=1, step=7).sub_models(config))
+    assert first == list(trainer(seed=1, step=7).sub_models(config))
+    assert first != list(trainer(seed=1, step=8).sub_models(config))
+    assert first != list(trainer(seed=2, step=7).sub_models(config))
 
 
 def test_relevance_by_hand():
@@ -91,7 +99,7 @@ def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance)
     rows = [row | {"input_ids": [3, 7, 8, 9, 5, 4]}, row | {"input_ids": [3, 9, 8, 6, 7, 4]}]
     batch = WindowCollator(0)(rows)
     inputs = bert_inputs(batch, model.config)
-    this = trainer(step=3, significance=significance, choosing=[0, 1, 2])
+    this = trainer(step=3, significance=significance, choosing=[0, 1])
     AdaptTrainer.compute_loss(this, model, dict(batch)).backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -109,7 +117,7 @@ def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance)
     full, of_full = logits([1.0, 1.0, 1.0])
     answer = of_full.softmax(-1).detach()
     expected = torch.nn.functional.cross_entropy(of_full.flatten(0, 1), batch["targets"].flatten(0, 1))
-    for shares in this.sub_models(3):
+    for shares in this.sub_models(model.config):
         outputs, of_sub_model = logits(shares)
         for row, held in enumerate(outputs.kept_tokens[0].tolist()):  # three layers: half-way is after the first
             of_row = torch.nn.functional.cross_entropy(of_sub_model[row], answer[row])
@@ -117,7 +125,8 @@ def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance)
     if significance == "learned":
         needed = relevance(answer.mean(1), full.attentions)
         scorers = [layer.scorer for layer in model.bert.encoder.layer]
-        expected += ranking_loss(scorers, full.hidden_states, needed, inputs["attention_mask"])
+        states = [*full.hidden_states[:2], full.hidden_states[2].detach()]  # where nothing will be dropped
+        expected += ranking_loss(scorers, states, needed, inputs["attention_mask"])
     expected.backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(found[name], parameter.grad, msg=lambda text, name=name: f"{name}: {text}")
@@ -193,7 +202,7 @@ def test_scorers_can_be_trained_alone(tmp_path, city_windows, monkeypatch):
 def test_options_that_do_not_fit_are_named():
     for options, message in (
         ({"scorers_only": True, "significance": "attention"}, "--significance attention, which has no scorers"),
-        ({"least_left": 0.8}, "--least_left is 0.8, expected a number between 0 and 0.7"),
+        ({"least_macs": 0.8}, "--least_macs is 0.8, expected a number between 0 and 0.7"),
         ({"share": 1.1}, "--share is 1.1"),
         ({"share": float("nan")}, "--share is nan"),
     ):
