@@ -3,7 +3,8 @@
 A text does not answer where its best evidence is below a threshold, and the evidence makes, by a logistic function, how
 sure the model is that there is an answer. One half of validation's titles, by a hash, settles both; all figures are
 measured on the other half, with the one threshold. There, documents are also put among others, so that their questions
-have many windows to be answered wrongly from.
+have many windows to be answered wrongly from. A second threshold, `balanced_threshold`, is for SQuAD v2.0 alone, where
+half of the questions have no answer.
 
 Logits are kept as they come: a run that was stopped goes on, and what another rule would give costs no model.
 """
@@ -198,6 +199,22 @@ def threshold_of(evidence):
     return float(np.floor(np.sort(evidence)[int(MOST_LOST * len(evidence))] * 100) / 100)
 
 
+def balanced_threshold_of(evidence, f1, answered):
+    """The threshold, to two decimals, of the best mean F1 where as many questions have an answer as have none, as in
+    SQuAD v2.0's development set.
+
+    Args:
+        evidence (`(questions,)`); f1 (same shape): of the best answer, in percent.
+        answered (bool, same shape): which questions have an answer; where all have, the result is `None`.
+    """
+    if answered.all():
+        return None
+    none, thresholds = evidence[~answered], np.unique(np.floor(evidence * 100) / 100)
+    of_none = [100 * (none < threshold).mean() for threshold in thresholds]
+    of_answered = [(f1 * (evidence >= threshold))[answered].mean() for threshold in thresholds]
+    return float(thresholds[np.add(of_none, of_answered).argmax()])
+
+
 def calibration_of(evidence, answered, steps=100):
     """Slope and intercept of the logistic function of `evidence` that is likeliest to give `answered` (bool), to four
     digits; by Newton's method. A prior as weak as one question in all keeps it finite where the two are separable."""
@@ -351,12 +368,15 @@ def main():
             return logits_of(pipeline, of, length_config, arguments.logits / f"{what}-{known_by}")
 
         texts, evidence = zip(*(best(pipeline, each.context, *of) for each, of in zip(asked, logits(asked, "asked"))))
-        evidence, right = np.array(evidence), (kinds == "answered") & is_right(asked, texts)
+        f1 = scores_by_question({"answers": [each.answers for each in asked]}, texts)[0]
+        evidence, right = np.array(evidence), (kinds == "answered") & (f1 >= RIGHT)
         own = {
             "no_answer_threshold": threshold_of(evidence[fits & right]),
             "answerable_calibration": calibration_of(evidence[fits], (kinds == "answered")[fits]),
         }
-        fitted = fitted or own
+        if fitted is None:
+            fitted, of_v2 = own, fits & (kinds != "off-topic")
+            balanced = balanced_threshold_of(evidence[of_v2], f1[of_v2], (kinds == "answered")[of_v2])
         threshold, calibration = fitted.values()
         measuring = evidence[~fits], kinds[~fits], right[~fits]
         results[name] = measured(threshold, calibration, *measuring)
@@ -383,6 +403,7 @@ def main():
         arguments.output,
         {
             **fitted,
+            "balanced_threshold": balanced,
             "length_configs": results,
             "right_from_f1": RIGHT,
             "weights_sha256": weights,

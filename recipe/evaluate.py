@@ -111,6 +111,9 @@ def command_line():
         action="store_true",
         help='let "" be an answer, and count questions that have none, as SQuAD v2.0 does',
     )
+    parser.add_argument(
+        "--no_answer_threshold", type=float, help='evidence below which the answer is "" (the model\'s own)'
+    )
     parser.add_argument("--output", required=True, help="JSON results file to write")
     parser.add_argument(
         "--record", action="store_true", help="also write the scores into the preset in length_configs.json"
@@ -141,6 +144,7 @@ def main():
         length_config,
         max_answer_len=arguments.max_answer_len,
         handle_impossible_answer=arguments.handle_impossible_answer,
+        no_answer_threshold=arguments.no_answer_threshold,
     )
     seconds = time.perf_counter() - started
     scores = score(questions, texts)
@@ -151,6 +155,7 @@ def main():
         "length_config": length_config,
         "max_answer_len": arguments.max_answer_len,
         "handle_impossible_answer": arguments.handle_impossible_answer,
+        "no_answer_threshold": arguments.no_answer_threshold,
         "significance": config.significance,
         "macs_share_at_384": config.macs_share(length_config),
         "mean_macs_share_over_rows": sum(config.macs_share(length_config, n) for n in lengths) / len(lengths),

@@ -61,6 +61,25 @@ def test_the_threshold_loses_one_in_twenty_and_no_more(count):
     assert threshold == round(threshold, 2)
 
 
+def test_the_balanced_threshold_is_that_of_the_best_mean():
+    draw = np.random.default_rng(0)
+    answered = draw.random(300) < 0.7
+    evidence, f1 = draw.normal(np.where(answered, 4, 0), 3), draw.choice([0.0, 40.0, 100.0], 300)
+
+    def mean(threshold):
+        f1_with_none = [
+            (0.0 if none else each) if has_one else 100.0 * none
+            for each, has_one, none in zip(f1, answered, evidence < threshold)
+        ]
+        return sum(
+            np.mean([each for each, has in zip(f1_with_none, answered) if has == kind]) for kind in (True, False)
+        )
+
+    threshold = answerable.balanced_threshold_of(evidence, f1, answered)
+    assert mean(threshold) == pytest.approx(max(map(mean, np.arange(-10, 15, 0.01))))
+    assert answerable.balanced_threshold_of(evidence, f1, np.ones(300, dtype=bool)) is None
+
+
 def test_the_calibration_is_the_likeliest():
     draw = np.random.default_rng(0)
     evidence = draw.normal(5, 10, 4000)
@@ -162,6 +181,7 @@ def test_a_run_settles_measures_draws_and_records_and_goes_on_from_kept_logits(t
     assert set(found["length_configs"]) == {"full", "[0.5]"}
     full = found["length_configs"]["full"]
     assert full["by_its_own"]["no_answer_threshold"] == found["no_answer_threshold"]
+    assert isinstance(found["balanced_threshold"], float)
     assert len(full["bins"]) <= 15 and sum(full["questions"].values()) == sum(e["questions"] for e in full["bins"])
     for size in full["among_others"]["sizes"]:
         assert 0 <= size["right_and_above_threshold"] <= size["right"] <= 1

@@ -1,3 +1,4 @@
+import json
 import statistics
 import sys
 
@@ -8,6 +9,7 @@ from datasets import Dataset
 from conftest import ROOT, tiny_config, tiny_folder
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
+from recipe import evaluate
 from recipe.evaluate import score
 from recipe.presets import parse_length_config, record_scores
 
@@ -40,6 +42,18 @@ def test_score_is_the_mean_over_questions_and_over_each_kind():
     assert found["has_answer"]["f1"] == pytest.approx(sum(f1[:3]) / 3) and found["has_answer"]["questions"] == 3
     assert found["no_answer"]["f1"] == found["no_answer"]["em"] == pytest.approx(50)
     assert [found["sources"][name]["f1"] for name in "ab"] == pytest.approx([50, (200 / 3 + 100) / 3])
+
+
+def test_evaluation_at_a_threshold(tmp_path, city_file, monkeypatch):
+    folder, output = tiny_folder(tmp_path / "model"), tmp_path / "out.json"
+    command = ["evaluate", "--model", folder, "--data", city_file, "--handle_impossible_answer", "--output", output]
+    found = []
+    for threshold in (-1e9, 1e9):
+        monkeypatch.setattr(sys, "argv", [*map(str, command), "--no_answer_threshold", str(threshold)])
+        evaluate.main()
+        found.append(json.loads(output.read_text()))
+        assert found[-1]["no_answer_threshold"] == threshold
+    assert found[0]["f1"] > 0 == found[1]["f1"]  # every question has an answer
 
 
 def test_length_configs_as_typed():
