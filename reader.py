@@ -146,7 +146,7 @@ class Reader(length_configs.LengthConfigs):
             raise ValueError(f"the first argument is {reprlib.repr(question)}, expected a dict or an iterable of dicts")
         examples = checked([question] if is_single else question, numbered=not is_single)
         answers = self.reading.answers(
-            at_once(examples) if is_list else examples,
+            all_checked(examples) if is_list else examples,
             lambda windows: self.logits(windows, lengths),
             windows=given(
                 doc_stride=doc_stride,
@@ -189,7 +189,7 @@ def given(**arguments):
     return {name: value for name, value in arguments.items() if value is not None}
 
 
-def at_once(examples):
+def all_checked(examples):
     """The same, all of them looked at before the first is answered."""
     yield from list(examples)
 
