@@ -278,14 +278,18 @@ class Int8Model:
         self.config.int8_weights = False
         return self.to(dtype or torch.float32)
 
+    def _require_floats(self, fault):
+        if self.config.int8_weights:
+            raise ValueError(f"int8 {fault}: call dequantize() first")
+
     def train(self, mode=True):
         """As in [`torch.nn.Module`].
 
         Raises:
             ValueError: `mode` with int8 weights, which cannot learn.
         """
-        if mode and self.config.int8_weights:
-            raise ValueError("int8 weights cannot be trained: call dequantize() first")
+        if mode:
+            self._require_floats("weights cannot be trained")
         return super().train(mode)
 
     def gradient_checkpointing_enable(self, *args, **kwargs):
@@ -294,8 +298,7 @@ class Int8Model:
         Raises:
             ValueError: the weights are int8.
         """
-        if self.config.int8_weights:
-            raise ValueError("int8 weights cannot be trained: call dequantize() first")
+        self._require_floats("weights cannot be trained")
         return super().gradient_checkpointing_enable(*args, **kwargs)
 
     def num_parameters(self, only_trainable=False, exclude_embeddings=False):
@@ -316,8 +319,7 @@ class Int8Model:
         Raises:
             ValueError: the weights are int8.
         """
-        if self.config.int8_weights:
-            raise ValueError("int8 embeddings cannot be resized: call dequantize() first")
+        self._require_floats("embeddings cannot be resized")
         return super().resize_token_embeddings(*args, **kwargs)
 
 
