@@ -7,14 +7,23 @@ import difflib
 import inspect
 import reprlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
 from transformers.pipelines.base import ChunkPipeline
 from transformers.utils import logging
 
-from .reading_qualaminilm import BATCH_TOKENS, Reading, check_example, check_options, naming_row, padded
+from .reading_qualaminilm import (
+    BATCH_TOKENS,
+    Reading,
+    check_asked,
+    check_example,
+    check_options,
+    given,
+    naming_row,
+    padded,
+)
 from .spans_qualaminilm import whole_string  # noqa: F401  transformers 4.57 copies a local file's own imports alone
 
 # Arguments that other versions of transformers take, or that its `pipeline()` reads and hands on all the same.
@@ -202,10 +211,7 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             "return_answerable": return_answerable,
             "align_to_words": align_to_words,
         }
-        return tuple(
-            {name: value for name, value in parameters.items() if value is not None}
-            for parameters in (preprocess, {"length_config": length_config}, postprocess)
-        )
+        return given(**preprocess), given(length_config=length_config), given(**postprocess)
 
     def __call__(
         self,
@@ -265,9 +271,8 @@ class QuestionAnsweringPipeline(ChunkPipeline):
             return list(data), False
         if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
             return map(data.__getitem__, range(len(data))), False
-        if isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
-            return iter(data), False
-        raise ValueError(f"the first argument is {reprlib.repr(data)}, expected a dict or an iterable of dicts")
+        check_asked(data)
+        return iter(data), False
 
     def _examples(self, items, is_single):
         """Yields the questions that `items` ask, one by one, as checked dicts."""

@@ -13,10 +13,9 @@ import hashlib
 import importlib
 import json
 import os
-import reprlib
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -142,19 +141,18 @@ class Reader(length_configs.LengthConfigs):
         if isinstance(question, str) or context is not None:
             question = {"question": question, "context": context}
         is_single, is_list = isinstance(question, Mapping), isinstance(question, (list, tuple))
-        if not isinstance(question, Iterable) or isinstance(question, bytes):
-            raise ValueError(f"the first argument is {reprlib.repr(question)}, expected a dict or an iterable of dicts")
+        reading.check_asked(question)
         examples = checked([question] if is_single else question, numbered=not is_single)
         answers = self.reading.answers(
             all_checked(examples) if is_list else examples,
             lambda windows: self.logits(windows, lengths),
-            windows=given(
+            windows=reading.given(
                 doc_stride=doc_stride,
                 max_question_len=max_question_len,
                 max_seq_len=max_seq_len,
                 from_the_end=self.from_the_end,
             ),
-            best=given(
+            best=reading.given(
                 top_k=top_k,
                 max_answer_len=max_answer_len,
                 align_to_words=align_to_words,
@@ -182,11 +180,6 @@ class Reader(length_configs.LengthConfigs):
             raise ValueError(str(why)) from None
         # Copied, or each window would hold its whole batch's.
         return [logits[row][:, window.scored()] for row, window in enumerate(windows)]
-
-
-def given(**arguments):
-    """Those that are not `None`."""
-    return {name: value for name, value in arguments.items() if value is not None}
 
 
 def all_checked(examples):

@@ -14,6 +14,7 @@ import itertools
 import math
 import reprlib
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -61,6 +62,17 @@ def check_options(
     for name, value in switches.items():
         if value is not None and not isinstance(value, (bool, np.bool_)):
             raise ValueError(f"{name} is {value!r}, expected True or False")
+
+
+def given(**arguments):
+    """Those that are not `None`, which stands for an argument's default."""
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def check_asked(asked):
+    """Raises a [`ValueError`] unless `asked`, a call's first argument, is a dict or can be an iterable of dicts."""
+    if not isinstance(asked, Iterable) or isinstance(asked, (str, bytes)):
+        raise ValueError(f"the first argument is {reprlib.repr(asked)}, expected a dict or an iterable of dicts")
 
 
 def check_example(example):
