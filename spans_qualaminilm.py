@@ -16,9 +16,10 @@ RUN = re.compile(r'[^\s"<>\[\]{}|;`\u0e00-\u1dff\u2000-\u20ab\u20ad-\u2211\u2213
 # In a run, what its string begins after or ends before: lists and labels, but `1,200` and `host:80`.
 PARTING = re.compile(r"(?<![0-9]),|,(?![0-9])|(?<=[^\W\d_]):(?=[^\W\d_])")
 LONGEST_RUN = 1000  # characters
+NAME = re.compile(r"__[a-z]")  # of Python's own
 # What runs are strings, left as they are but for their ends; see `whole_string`.
 STRING = re.compile(
-    r"@|://|[^\W_]_+[^\W_]|^__[a-z]|\._"
+    rf"@|://|[^\W_]_+[^\W_]|^{NAME.pattern}|\._"
     r"|[^\W_][#$%&*^~][^\W_]"
     r"|[^\W_]\+[0-9]"
     r"|[0-9]\.[0-9]|[^\W_]\.[a-z]|[A-Z]\.[A-Z](?![a-z])"
@@ -26,7 +27,6 @@ STRING = re.compile(
     r"|^[-+\u2212\u00b1]\.?[0-9]"
     r"|^(?=.*[0-9]).*[^\W_]![^\W_]"
 )
-NAME = re.compile(r"__[a-z]")  # of Python's own
 SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*$")  # of an address, before its ://
 COUNTRY = re.compile(r"[A-Z]{1,3}(?=[$\u00a3\u20ac][0-9])")  # the US of `US$5`
 FIELD = re.compile(r"[^\w\n]*(?P<field>\w[^:\n]{0,39}):[ \t]+\S")  # a line that begins so is `field: value`

@@ -14,8 +14,9 @@ const APART = new RegExp(
 );
 const PARTING = /(?<![0-9]),|,(?![0-9])|(?<=[\p{L}\p{Nl}\p{No}]):(?=[\p{L}\p{Nl}\p{No}])/gu;
 const LONGEST_RUN = 1000; // characters
+const NAME = /^__[a-z]/; // of Python's own
 const STRING = new RegExp(
-    `@|://|${LETTER}_+${LETTER}|^__[a-z]|\\._` +
+    `@|://|${LETTER}_+${LETTER}|${NAME.source}|\\._` +
         `|${LETTER}[#$%&*^~]${LETTER}` +
         `|${LETTER}\\+[0-9]` +
         `|[0-9]\\.[0-9]|${LETTER}\\.[a-z]|[A-Z]\\.[A-Z](?![a-z])` +
@@ -24,7 +25,6 @@ const STRING = new RegExp(
         `|^(?=.*[0-9]).*${LETTER}!${LETTER}`,
     "u",
 );
-const NAME = /^__[a-z]/; // of Python's own
 const ACCENT = /^\p{Mn}/u;
 const SCHEME = /[a-zA-Z][a-zA-Z0-9+.-]*$/; // of an address, before its ://
 const COUNTRY = /^[A-Z]{1,3}(?=[$\u00a3\u20ac][0-9])/; // the US of `US$5`
