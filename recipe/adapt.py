@@ -103,7 +103,7 @@ class AdaptTrainer(SpanTrainer):
         losses = []
         if scorers:
             needed = relevance(answer.mean(1), full.attentions)
-            choosing = self.arguments.choosing or range(len(scorers))
+            choosing = self.choosing(unwrapped.config)
             states = [each if i in choosing else each.detach() for i, each in enumerate(full.hidden_states)]
             losses.append(ranking_loss(scorers, states, needed, mask))
         if not self.arguments.scorers_only:
@@ -114,13 +114,17 @@ class AdaptTrainer(SpanTrainer):
         loss = sum(losses)
         return (loss, full) if return_outputs else loss
 
+    def choosing(self, config):
+        """The layers that sub-models may drop tokens in."""
+        return self.arguments.choosing or range(config.num_hidden_layers)
+
     def sub_models(self, config):
         """The step's sub-models of a model of this `config`, which follow from (seed, step): a length config each.
 
         The sandwich rule: a smallest one, of `least_macs`, and `num_sandwich` of more.
         """
         rng = random.Random(f"{self.args.seed} {self.state.global_step}")
-        choosing, least = self.arguments.choosing or range(config.num_hidden_layers), self.arguments.least_macs
+        choosing, least = self.choosing(config), self.arguments.least_macs
         for share in [least, *(rng.uniform(least, MOST_MACS) for _ in range(self.arguments.num_sandwich))]:
             yield draw_sub_model(rng, config, share, choosing, self.arguments.at_most)
 

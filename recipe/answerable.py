@@ -183,9 +183,14 @@ def best(pipeline, context, windows, logits):
     return pipeline.postprocess(context, windows, logits)["answer"], evidence
 
 
+def f1_of(asked, texts):
+    """The F1 of each answer, in percent, float64 (questions,)."""
+    return scores_by_question({"answers": [each.answers for each in asked]}, texts)[0]
+
+
 def is_right(asked, texts):
     """Whether each answer is right: a bool array."""
-    return scores_by_question({"answers": [each.answers for each in asked]}, texts)[0] >= RIGHT
+    return f1_of(asked, texts) >= RIGHT
 
 
 def threshold_of(evidence):
@@ -368,7 +373,7 @@ def main():
             return logits_of(pipeline, of, length_config, arguments.logits / f"{what}-{known_by}")
 
         texts, evidence = zip(*(best(pipeline, each.context, *of) for each, of in zip(asked, logits(asked, "asked"))))
-        f1 = scores_by_question({"answers": [each.answers for each in asked]}, texts)[0]
+        f1 = f1_of(asked, texts)
         evidence, right = np.array(evidence), (kinds == "answered") & (f1 >= RIGHT)
         own = {
             "no_answer_threshold": threshold_of(evidence[fits & right]),

@@ -168,7 +168,7 @@ def our_rows(model, tokenizer, folder, threads, calibration):
     rows["ours, torch, int8, full"].alone = ("ours_torch", stored)
     rows["ours, ONNX Runtime, int8, full"].alone = ("ours", stored)
     rows["ours, without torch, int8, full"] = Row(
-        onnx_runtime_row(stored / GRAPH_FILE, threads), weighing(stored / GRAPH_FILE) | full, ("without_torch", stored)
+        onnx_runtime_row(stored / GRAPH_FILE, threads), weighing(stored / GRAPH_FILE), ("without_torch", stored)
     )
     for name in ("full", cheapest(model.config)):
         path = folder / f"exported-{name}.onnx"

@@ -28,7 +28,7 @@ def trainer(seed=0, step=0, **fields):
         arguments=AdaptArguments(windows="", **fields),
         inputs_of=lambda batch: bert_inputs(batch, tiny_config()),
     )
-    for name in ("sub_models", "answer_loss"):
+    for name in ("choosing", "sub_models", "answer_loss"):
         setattr(this, name, getattr(AdaptTrainer, name).__get__(this))
     return this
 
