@@ -5,7 +5,9 @@ section 3; QuaLA-MiniLM, arXiv:2210.17114, section 2). See recipe.training for w
 """
 
 import random
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 
@@ -97,7 +99,7 @@ class AdaptTrainer(SpanTrainer):
         unwrapped = self.accelerator.unwrap_model(model)
         scorers = [layer.scorer for layer in unwrapped.bert.encoder.layer if layer.scorer is not None]
 
-        full = model(**inputs, output_hidden_states=bool(scorers), output_attentions=bool(scorers))
+        full = model(**inputs, output_hidden_states=True, output_attentions=bool(scorers))
         logits = span_logits(full, mask)
         answer = logits.detach().softmax(-1)
         losses = []
@@ -109,7 +111,8 @@ class AdaptTrainer(SpanTrainer):
         if not self.arguments.scorers_only:
             losses.append(self.answer_loss(logits, targets, teacher_logits))
             for length_config in self.sub_models(unwrapped.config):
-                sub_model = model(**inputs | {"length_config": length_config}, output_kept_tokens=True)
+                with replaying(unwrapped.bert.encoder, full.hidden_states, length_config):
+                    sub_model = model(**inputs | {"length_config": length_config}, output_kept_tokens=True)
                 losses.append(self.arguments.sub_model_weight * following_loss(sub_model, answer, mask))
         loss = sum(losses)
         return (loss, full) if return_outputs else loss
@@ -147,6 +150,30 @@ def draw_sub_model(rng, config, macs_share, choosing, at_most):
         middle = (least + most) / 2
         least, most = (middle, most) if config.macs_share(shares(middle)) <= macs_share else (least, middle)
     return shares(least)
+
+
+@contextmanager
+def replaying(encoder, hidden_states, length_config):
+    """Within it the layers below the first that drops tokens return what they did in the full pass: neither they nor
+    their gradients are computed once more for a sub-model.
+
+    Args:
+        encoder ([`QuaLAMiniLMEncoder`]).
+        hidden_states: the full pass's, `(batch, sequence, hidden)`: the embeddings, and what left each layer.
+        length_config (list of `float`): the sub-model's.
+    """
+
+    def replayed(states):
+        return lambda entering, alive, keep, with_map: (states, None, alive, None)
+
+    layers = [layer for layer, _ in zip(encoder.layer, takewhile(lambda share: share == 1, length_config))]
+    for layer, states in zip(layers, hidden_states[1:]):
+        layer.forward = replayed(states)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own again
 
 
 def following_loss(sub_model, answer, attention_mask):

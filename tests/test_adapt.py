@@ -89,8 +89,9 @@ def test_ranking_loss_is_the_cross_entropy_over_real_tokens():
     assert ranking_loss(scorers, states, needed, mask).item() == pytest.approx(expected.item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("choosing", [[0, 1], [1, 2]])
 @pytest.mark.parametrize("significance", ["attention", "learned"])
-def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance):
+def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance, choosing):
     torch.manual_seed(0)
     model = QuaLAMiniLMForQuestionAnswering(
         tiny_config(significance=significance, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -99,7 +100,7 @@ def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance)
     rows = [row | {"input_ids": [3, 7, 8, 9, 5, 4]}, row | {"input_ids": [3, 9, 8, 6, 7, 4]}]
     batch = WindowCollator(0)(rows)
     inputs = bert_inputs(batch, model.config)
-    this = trainer(step=3, significance=significance, choosing=[0, 1])
+    this = trainer(step=3, significance=significance, choosing=choosing)
     AdaptTrainer.compute_loss(this, model, dict(batch)).backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
@@ -125,7 +126,7 @@ def test_the_loss_is_that_of_the_full_model_and_of_what_follows_it(significance)
     if significance == "learned":
         needed = relevance(answer.mean(1), full.attentions)
         scorers = [layer.scorer for layer in model.bert.encoder.layer]
-        states = [*full.hidden_states[:2], full.hidden_states[2].detach()]  # where nothing will be dropped
+        states = [each if i in choosing else each.detach() for i, each in enumerate(full.hidden_states)]
         expected += ranking_loss(scorers, states, needed, inputs["attention_mask"])
     expected.backward()
     for name, parameter in model.named_parameters():
