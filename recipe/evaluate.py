@@ -73,9 +73,10 @@ def scores_by_question(questions, texts):
     return f1, em
 
 
-def score(questions, texts):
+def score(questions, texts, by=SOURCE):
     """Mean F1 and exact match in percent, and the standard error of the F1; where some questions have no answer, of
-    those that have one and of those that have none as well; and where `questions` name their source, of each source."""
+    those that have one and of those that have none as well; and where `questions` have the column `by`, of each of its
+    values, under its name in the plural."""
     f1, em = scores_by_question(questions, texts)
 
     def means(rows):
@@ -88,9 +89,9 @@ def score(questions, texts):
     if not answerable.all():
         result["has_answer"] = means(np.flatnonzero(answerable))
         result["no_answer"] = means(np.flatnonzero(~answerable))
-    if SOURCE in questions.column_names:
-        sources = np.array(questions[SOURCE])
-        result["sources"] = {name: means(np.flatnonzero(sources == name)) for name in sorted(set(sources.tolist()))}
+    if by in questions.column_names:
+        groups = np.array(questions[by])
+        result[f"{by}s"] = {name: means(np.flatnonzero(groups == name)) for name in sorted(set(groups.tolist()))}
     return result
 
 
@@ -113,6 +114,9 @@ def command_line():
     )
     parser.add_argument(
         "--no_answer_threshold", type=float, help='evidence below which the answer is "" (the model\'s own)'
+    )
+    parser.add_argument(
+        "--by", choices=(SOURCE, "title"), default=SOURCE, help="what to tell scores apart by as well (%(default)s)"
     )
     parser.add_argument("--output", required=True, help="JSON results file to write")
     parser.add_argument(
@@ -147,7 +151,7 @@ def main():
         no_answer_threshold=arguments.no_answer_threshold,
     )
     seconds = time.perf_counter() - started
-    scores = score(questions, texts)
+    scores = score(questions, texts, arguments.by)
 
     config = model.config
     result = {

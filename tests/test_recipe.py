@@ -42,6 +42,8 @@ def test_score_is_the_mean_over_questions_and_over_each_kind():
     assert found["has_answer"]["f1"] == pytest.approx(sum(f1[:3]) / 3) and found["has_answer"]["questions"] == 3
     assert found["no_answer"]["f1"] == found["no_answer"]["em"] == pytest.approx(50)
     assert [found["sources"][name]["f1"] for name in "ab"] == pytest.approx([50, (200 / 3 + 100) / 3])
+    by_title = score(questions.rename_column("source", "title"), ["Berlin", "", "in Berlin", "", "Rome"], by="title")
+    assert by_title.pop("titles") == found.pop("sources") and by_title == found
 
 
 def test_evaluation_at_a_threshold(tmp_path, city_file, monkeypatch):
