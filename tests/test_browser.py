@@ -5,6 +5,7 @@ import http.server
 import json
 import shutil
 import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -182,6 +183,16 @@ def test_an_answer_appears_in_the_text(page):
     expect(page.locator("#passage mark")).to_have_text("Berlin")
     expect(page.locator("#measures")).to_contain_text(" ms")
     expect(page.locator("#message")).to_be_empty()
+
+
+def test_the_speed_of_the_page_is_measured(built, model, tmp_path):
+    command = ["-m", "recipe.page_speed", "--page", built, "--model", model, "--turns", 1, "--output", tmp_path / "o"]
+    subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
+    measured = json.loads((tmp_path / "o").read_text())
+    assert measured["seconds_to_first_answer"] > 0 and next(iter(measured["presets"])) == "full"
+    for row in measured["presets"].values():
+        assert row["times_native"] == pytest.approx(row["ms"] / row["native_ms"])
+        assert row["of_full"] == pytest.approx(row["ms"] / measured["presets"]["full"]["ms"])
 
 
 LOGITS = """async ([question, context]) => {
