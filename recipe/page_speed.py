@@ -69,6 +69,7 @@ def context_of(reader, tokens):
 def first_answer(browser, address):
     """Seconds from opening the page, in a context of its own, to its first answer; and the page."""
     page = browser.new_context().new_page()
+    page.set_default_timeout(120_000)  # ms, on a busy machine
     started = time.perf_counter()
     page.goto(address, wait_until="commit")
     page.wait_for_selector("#result:not([hidden])")
