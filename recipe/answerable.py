@@ -30,7 +30,7 @@ from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.spans_qualaminilm import WindowSpans
 from recipe import ROOT
-from recipe.data import file_sha256, groups, load_tokenizer
+from recipe.data import NO_ANSWERS, file_sha256, groups, load_tokenizer
 from recipe.evaluate import scores_by_question
 from recipe.presets import parse_length_config
 from recipe.results import describe_run, save_figure, write_json
@@ -108,7 +108,7 @@ def ask(tables, count, seed):
     for row in answered[: count // 2]:
         others = [each for each in answered if each["fits"] == row["fits"] and each["title"] != row["title"]]
         if others:
-            elsewhere = {"context": draw.choice(others)["context"], "answers": {"text": [], "answer_start": []}}
+            elsewhere = {"context": draw.choice(others)["context"], "answers": NO_ANSWERS}
             asked.append(as_asked("off-topic", row | elsewhere))
     if len({(each.fits, each.kind == "answered") for each in asked}) < 4:
         none = len(asked) - len(answered)

@@ -18,6 +18,7 @@ from qualaminilm.files_qualaminilm import file_sha256
 VALIDATION_PERCENT = 5
 SPLITS = ("all", "train", "validation")
 SOURCE = "source"  # the column that names a question's file, where tables of several are one
+NO_ANSWERS = {"text": [], "answer_start": []}  # of a question that its context does not answer
 # Of tokenizer_config.json: how a base tokenizer truncated and padded, and where it was read from.
 STALE_SETTINGS = (
     "max_length",

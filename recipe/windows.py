@@ -15,6 +15,7 @@ from pathlib import Path
 import datasets
 
 from recipe.data import (
+    NO_ANSWERS,
     SOURCE,
     answer_spans,
     base_model,
@@ -85,7 +86,7 @@ def off_topic(table, share, seed):
     rows = rows.select(kept)
 
     def elsewhere(row, i):
-        return {"context": contexts[others[kept[i]]], "answers": {"text": [], "answer_start": []}}
+        return {"context": contexts[others[kept[i]]], "answers": NO_ANSWERS}
 
     return rows.map(elsewhere, with_indices=True, desc="Off topic")
 
@@ -121,9 +122,8 @@ def near_misses(table, share, seed):
                 chosen.append(i)
                 changed.append(row["question"][:start] + others[0] + row["question"][end:])
                 break
-    nothing = {"text": [], "answer_start": []}
     return table.select(chosen).map(
-        lambda row, i: {"question": changed[i], "answers": nothing}, with_indices=True, desc="Near misses"
+        lambda row, i: {"question": changed[i], "answers": NO_ANSWERS}, with_indices=True, desc="Near misses"
     )
 
 

@@ -1,12 +1,9 @@
 """The page of `make page` in a real Chromium, from a file server on the loopback, and the same model in Node."""
 
-import functools
-import http.server
 import json
 import shutil
 import subprocess
 import sys
-import threading
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +16,7 @@ from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe import export
 from recipe.browser import write_page
 from recipe.data import load_tokenizer
+from recipe.page_speed import served
 from tests.javascript import BROWSER, NODE, call, in_code_units, needs_node_packages, read_cases
 
 QUESTION, CONTEXT = "Where do I live?", "My name is Wolfgang and I live in Berlin."
@@ -129,17 +127,10 @@ def test_transformers_js_answers(model, qa, tmp_path):
     assert json.loads(done.stdout) == {"answer": "berlin", "score": pytest.approx(expected["score"], abs=0.01)}
 
 
-class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *arguments):
-        pass
-
-
 @pytest.fixture(scope="module")
 def address(built):
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=built)) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/"
-        server.shutdown()
+    with served(built) as where:
+        yield where
 
 
 @pytest.fixture(scope="module")
