@@ -297,6 +297,19 @@ def test_a_file_is_read_with_no_network(page, opened, name):
     opened.context.set_offline(False)
 
 
+def test_a_file_read_meanwhile_drops_the_answer_to_the_text_before(page):
+    ask(page, QUESTION, "word " * 20_000 + CONTEXT)
+    expect(page.locator("#progress")).to_be_visible()
+    page.get_by_role("button", name="Answer").click()  # remembered, and dropped as well
+    page.locator("#file").set_input_files([{"name": "a.txt", "mimeType": "", "buffer": b"I live in Lima."}])
+    expect(page.get_by_role("status")).to_contain_text("a.txt is read")
+    expect(page.locator("#progress")).to_be_hidden()
+    expect(page.get_by_role("status")).to_contain_text("a.txt is read")
+    expect(page.locator("#result")).to_be_hidden()
+    page.keyboard.press("Enter")
+    expect_answer(page, "Lima")
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [

@@ -43,6 +43,7 @@ function show(message) {
 
 let busy = true; // until the model is loaded
 let again = false;
+let turn = 0; // an answer whose turn is over is not shown
 
 /** Answers what stands in the form; while it is at it, only the last of the questions that come is remembered. */
 async function answer() {
@@ -53,6 +54,7 @@ async function answer() {
     elements.result.hidden = true;
     elements.status.textContent = "Reading";
     const example = { question: elements.question.value, context: elements.context.value };
+    const begun = turn;
     try {
         for (const [name, text] of [["question", example.question], ["text", example.context]]) {
             if (!text.trim()) throw new Error(`Type a ${name} first.`);
@@ -62,9 +64,10 @@ async function answer() {
             handle_impossible_answer: true,
             return_answerable: true,
         };
-        showAnswer(example.context, await ask({ example, options }, showProgress));
+        const found = await ask({ example, options }, showProgress);
+        if (turn === begun) showAnswer(example.context, found);
     } catch (error) {
-        show(error.message);
+        if (turn === begun) show(error.message);
     }
     elements.progress.hidden = true;
     busy = false;
@@ -97,14 +100,17 @@ async function readFile(file) {
     try {
         elements.context.value = await textOf(file);
     } catch (error) {
-        elements.result.hidden = true;
         show(error.message);
         return;
+    } finally {
+        // What is being answered meanwhile was asked of the text before.
+        turn += 1;
+        again = false;
+        elements.result.hidden = true;
     }
     elements.question.focus();
     elements.question.select();
     elements.status.textContent = `${file.name} is read: ask your question`;
-    elements.result.hidden = true;
 }
 
 async function start() {
