@@ -1,7 +1,8 @@
-"""Post-training static quantisation: `python -m recipe.quantize --model FOLDER --data FILE ... --output_dir DIR`.
+"""Post-training static quantisation: `python -m recipe.quantize --model FOLDER --windows FOLDER --output_dir DIR`.
 
 Weights and embeddings become int8, activations 8 bit with scales that follow from what passes through the float model
-on training questions. LayerNorms, span head and all of a scorer but its first layer stay floats.
+on training questions. LayerNorms, span head and all of a scorer but its first layer stay floats. The ONNX graph of the
+int8 model is written beside its weights: whatever comes after runs it, as users do.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from tqdm import tqdm
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.quantization_qualaminilm import QuantizedEmbedding, QuantizedLinear
 from recipe.data import load_tokenizer, read_questions
+from recipe.export import export_beside_weights
 from recipe.presets import without_scores
 from recipe.test_sets import refuse_test_sets
 from recipe.windows import TRAIN, windows
@@ -243,8 +245,9 @@ def main():
     rows = calibration_rows(datasets.load_from_disk(arguments.windows / TRAIN), model.config, arguments.seed)
     quantize(model, rows).save_pretrained(arguments.output_dir)
     load_tokenizer(arguments.model).save_pretrained(arguments.output_dir)
+    graph = export_beside_weights(arguments.output_dir)
     size = (Path(arguments.output_dir) / "model.safetensors").stat().st_size
-    print(f"Wrote the int8 model to {arguments.output_dir}, {size / 1e6:.2f} MB of weights")
+    print(f"Wrote the int8 model to {arguments.output_dir}, {size / 1e6:.2f} MB of weights, and {graph}")
 
 
 if __name__ == "__main__":
