@@ -33,7 +33,7 @@ from recipe import ROOT
 from recipe.data import NO_ANSWERS, file_sha256, groups, load_tokenizer
 from recipe.evaluate import scores_by_question
 from recipe.presets import parse_length_config
-from recipe.results import describe_run, save_figure, write_json
+from recipe.results import describe_engine, describe_run, save_figure, write_json
 from recipe.windows import validation_tables
 
 NEAR_MISSES = ("written-wiki", "written-documents")  # whose unanswerable questions are almost answered
@@ -412,6 +412,7 @@ def main():
             "length_configs": results,
             "right_from_f1": RIGHT,
             "weights_sha256": weights,
+            "engine": describe_engine(model),
             **describe_run("recipe.answerable", matplotlib, datasets),
         },
     )

@@ -20,7 +20,7 @@ from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe import ROOT
 from recipe.data import SOURCE, SPLITS, file_sha256, identities, load_tokenizer, read_sources, with_answers
 from recipe.presets import parse_length_config, record_scores
-from recipe.results import describe_run, write_json
+from recipe.results import describe_engine, describe_run, write_json
 from recipe.test_sets import is_test_set
 
 TEST_LOG = ROOT / "results" / "test-runs.jsonl"
@@ -166,6 +166,7 @@ def main():
         "median_tokens_a_row": sorted(lengths)[len(lengths) // 2],
         "seconds": round(seconds, 1),
         "dtype": arguments.dtype,
+        "engine": describe_engine(model),
         "split": arguments.split,
         "data": data,
         "weights_sha256": file_sha256(Path(arguments.model) / "model.safetensors"),

@@ -34,6 +34,11 @@ def describe_run(module, *packages):
     }
 
 
+def describe_engine(model):
+    """What computes the logits of a [`QuaLAMiniLMForQuestionAnswering`], in words."""
+    return "torch" if model.engine is None else "ONNX Runtime, where it is the faster"
+
+
 def commit():
     """The commit of this clone, with a + where files that it tracks are others; `None` outside of one."""
     git = ["git", "-C", str(Path(__file__).parent)]

@@ -32,7 +32,7 @@ from recipe import ROOT
 from recipe.data import file_sha256, load_tokenizer, with_answers
 from recipe.evaluate import answer_all, score
 from recipe.presets import describe_preset, describe_scores
-from recipe.results import describe_run, save_figure, write_json
+from recipe.results import describe_engine, describe_run, save_figure, write_json
 from recipe.windows import validation_questions
 
 # From the dearest to the cheapest; "full" comes before them.
@@ -326,6 +326,7 @@ def main():
         "presets": presets,
         "survivors": scored,
         "candidates": measured(candidates.on_subset),
+        "engine": describe_engine(model),
         **describe_run("recipe.search", optuna, matplotlib, torchmetrics),
     }
     write_json(arguments.output_dir / REPORT, report)

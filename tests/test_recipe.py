@@ -12,6 +12,7 @@ from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe import evaluate
 from recipe.evaluate import score
 from recipe.presets import parse_length_config, record_scores
+from recipe.results import describe_engine
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,12 @@ def test_evaluation_at_a_threshold(tmp_path, city_file, monkeypatch):
         found.append(json.loads(output.read_text()))
         assert found[-1]["no_answer_threshold"] == threshold
     assert found[0]["f1"] > 0 == found[1]["f1"]  # every question has an answer
+
+
+def test_results_say_which_engine_answered(folder_with_graph):
+    load = QuaLAMiniLMForQuestionAnswering.from_pretrained
+    assert describe_engine(load(folder_with_graph)).startswith("ONNX Runtime")
+    assert describe_engine(load(folder_with_graph, engine="torch")) == "torch"
 
 
 def test_length_configs_as_typed():
