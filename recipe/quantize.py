@@ -2,7 +2,7 @@
 
 Weights and embeddings become int8, activations 8 bit with scales that follow from what passes through the float model
 on training questions. LayerNorms, span head and all of a scorer but its first layer stay floats. The ONNX graph of the
-int8 model is written beside its weights: whatever comes after runs it, as users do.
+int8 model is written beside its weights: search and evaluation run it, as users do, where onnxruntime is installed.
 """
 
 import argparse
