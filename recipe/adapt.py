@@ -47,18 +47,12 @@ class AdaptArguments(SpanArguments):
     scorers_only: bool = field(
         default=False, metadata={"help": "Train the scorers of a model that stays as it is: a start for the rest."}
     )
-    share: float = field(
-        default=1.0,
-        metadata={"help": "How far to go, in the end, from the weights that training began with to those it reached."},
-    )
 
     def __post_init__(self):
         if self.scorers_only and self.significance != "learned":
             raise ValueError(f"--scorers_only with --significance {self.significance}, which has no scorers")
         if not 0 < self.least_macs < MOST_MACS:
             raise ValueError(f"--least_macs is {self.least_macs}, expected a number between 0 and {MOST_MACS}")
-        if not 0 <= self.share <= 1:
-            raise ValueError(f"--share is {self.share}, expected a number in [0, 1]")
 
 
 @dataclass
@@ -227,20 +221,6 @@ def ranking_loss(scorers, hidden_states, needed, attention_mask):
     return sum(losses) / len(losses)
 
 
-def interpolate(before, after, share):
-    """Moves the weights of the model `after` back towards those of `before`, in place: at a `share` of 0 they are those
-    of `before`. Scorers stay its own.
-
-    In between, the full model forgets less of what it knew, and sub-models keep most of what they learned (WiSE-FT,
-    Wortsman et al., arXiv:2109.01903).
-    """
-    known = before.state_dict()
-    with torch.no_grad():
-        for name, weight in after.state_dict().items():
-            if ".scorer." not in name:
-                weight.copy_(known[name].to(weight.device).lerp(weight, share))
-
-
 def main():
     arguments, training = parse(AdaptArguments, AdaptTrainingArguments)
     folder = arguments.model or base_model()
@@ -252,11 +232,7 @@ def main():
         for layer in model.bert.encoder.layer:
             layer.scorer.requires_grad_(True)
 
-    def finish(trained):
-        if arguments.share < 1:
-            interpolate(load_model(folder), trained, arguments.share)
-
-    train(AdaptTrainer, model, load_tokenizer(folder), arguments, training, finish)
+    train(AdaptTrainer, model, load_tokenizer(folder), arguments, training)
 
 
 if __name__ == "__main__":

@@ -250,7 +250,7 @@ def parse(*kinds, options=None):
     return *arguments, training
 
 
-def train(trainer_class, model, tokenizer, arguments, training, finish=None):
+def train(trainer_class, model, tokenizer, arguments, training):
     """Trains `model` on the windows that `arguments` name, from the last checkpoint in the output folder if there is
     one, and saves it there.
 
@@ -258,7 +258,6 @@ def train(trainer_class, model, tokenizer, arguments, training, finish=None):
         trainer_class: [`SpanTrainer`] or a kind of it.
         tokenizer: the windows'.
         arguments ([`SpanArguments`]), training ([`SpanTrainingArguments`]).
-        finish: called with the trained model, before it is saved.
     """
     rows = datasets.load_from_disk(Path(arguments.windows) / TRAIN)
     if arguments.answers:
@@ -279,8 +278,6 @@ def train(trainer_class, model, tokenizer, arguments, training, finish=None):
         arguments=arguments,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
-    if finish:
-        finish(model)
     trainer.save_model()
     if held_out is not None:
         trainer.save_metrics("all", trainer.evaluate())

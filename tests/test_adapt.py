@@ -1,4 +1,3 @@
-import copy
 import json
 import sys
 from itertools import pairwise
@@ -15,7 +14,7 @@ from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering, Qu
 
 pytestmark = trains
 if TRANSFORMERS_5:
-    from recipe.adapt import AdaptArguments, AdaptTrainer, interpolate, main, ranking_loss, relevance
+    from recipe.adapt import AdaptArguments, AdaptTrainer, main, ranking_loss, relevance
     from recipe.training import WindowCollator, bert_inputs
 
 
@@ -140,7 +139,7 @@ def test_an_adaptation_that_was_stopped_goes_on_to_the_same_weights(tmp_path, ci
     base = tiny_folder(tmp_path / "base")
     options = ["--model", base, "--windows", city_windows, "--learning_rate", 1e-3]
     options += ["--significance", significance, "--per_device_train_batch_size", 8, "--num_train_epochs", 2]
-    options += ["--save_steps", 7, "--bf16", "False", "--share", 0.5]
+    options += ["--save_steps", 7, "--bf16", "False"]
 
     def adapt(folder):
         monkeypatch.setattr(sys, "argv", ["adapt", *map(str, options), "--output_dir", str(folder)])
@@ -204,23 +203,9 @@ def test_options_that_do_not_fit_are_named():
     for options, message in (
         ({"scorers_only": True, "significance": "attention"}, "--significance attention, which has no scorers"),
         ({"least_macs": 0.8}, "--least_macs is 0.8, expected a number between 0 and 0.7"),
-        ({"share": 1.1}, "--share is 1.1"),
-        ({"share": float("nan")}, "--share is nan"),
     ):
         with pytest.raises(ValueError, match=message):
             AdaptArguments(windows="", **options)
-
-
-def test_each_weight_moves_by_the_share_and_scorers_stay():
-    torch.manual_seed(0)
-    before, trained = (
-        QuaLAMiniLMForQuestionAnswering(tiny_config(significance=kind)) for kind in ("attention", "learned")
-    )
-    start, end = before.state_dict(), copy.deepcopy(trained.state_dict())
-    interpolate(before, trained, 0.25)
-    for name, weight in trained.state_dict().items():
-        expected = end[name] if ".scorer." in name else 0.75 * start[name] + 0.25 * end[name]
-        torch.testing.assert_close(weight, expected)
 
 
 def test_two_processes_train_one_model(tmp_path, city_windows, monkeypatch):
