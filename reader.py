@@ -234,7 +234,7 @@ def processors():
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Prints the answer to a question out of a text, on one line.")
+    parser = argparse.ArgumentParser(description="Prints what a text answers to a question; exits with 1 if nothing.")
     parser.add_argument("file", nargs="?", help="the text, UTF-8 (standard input)")
     parser.add_argument("--question", required=True)
     parser.add_argument("--model", default=str(HERE), help="folder of the model (the one that this file stands in)")
@@ -242,9 +242,13 @@ def main():
     arguments = parser.parse_args()
     try:
         text = Path(arguments.file).read_bytes() if arguments.file else sys.stdin.buffer.read()
-        answer = Reader(arguments.model, arguments.length_config)(arguments.question, text.decode())
+        reader = Reader(arguments.model, arguments.length_config)
+        answer = reader(arguments.question, text.decode(), handle_impossible_answer=True)
     except (ImportError, OSError, ValueError) as error:
         raise SystemExit(f"reader.py: {error}") from error
+    if not answer["answer"]:
+        print("Not in this text.")
+        sys.exit(1)
     print(" ".join(answer["answer"].split()))
 
 

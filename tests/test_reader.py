@@ -52,6 +52,12 @@ def own(folder_with_graph, tmp_path):
     return shutil.copytree(folder_with_graph, tmp_path / "own")
 
 
+def set_threshold(folder, threshold):
+    """Has its model answer only what has so much evidence, in log units."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"no_answer_threshold": threshold}))
+
+
 def close(answers):
     """Answers with scores as they are to be compared: the reader's and the pipeline's batches may differ in threads."""
     if isinstance(answers, list):
@@ -202,10 +208,11 @@ def test_a_folder_that_was_named_relatively(module, own, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["file", "standard input"])
-def test_as_a_command(module, folder_with_graph, qa, tmp_path, monkeypatch, capsys, source):
+def test_as_a_command(module, own, qa, tmp_path, monkeypatch, capsys, source):
     text = SHORT.replace(" ", "\n", 3)
     (tmp_path / "text").write_text(text)
-    options = ["--question", QUESTIONS[0], "--model", str(folder_with_graph), "--length_config", "half"]
+    set_threshold(own, -1000.0)
+    options = ["--question", QUESTIONS[0], "--model", str(own), "--length_config", "half"]
     monkeypatch.setattr(sys, "argv", ["reader.py", *options, *[str(tmp_path / "text")] * (source == "file")])
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
     module.main()
@@ -215,6 +222,16 @@ def test_as_a_command(module, folder_with_graph, qa, tmp_path, monkeypatch, caps
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff")))
     with pytest.raises(SystemExit, match="reader.py: 'utf-8' codec can't decode"):
         module.main()
+
+
+def test_as_a_command_it_says_that_a_text_has_no_answer(module, own, tmp_path, monkeypatch, capsys):
+    (tmp_path / "text").write_text(SHORT)
+    set_threshold(own, 1000.0)
+    monkeypatch.setattr(sys, "argv", ["reader.py", "--question", "Who?", "--model", str(own), str(tmp_path / "text")])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 1
+    assert capsys.readouterr().out == "Not in this text.\n"
 
 
 @once
