@@ -9,6 +9,7 @@ import argparse
 import heapq
 import itertools
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -80,6 +81,7 @@ def main():
     parser.add_argument("--top_k", type=int, default=5, help="answers to print, at most one a page (%(default)s)")
     parser.add_argument("--jsonl", action="store_true", help="print a JSON object a line")
     arguments = parser.parse_args()
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # what stops it comes as an exception, with the file's name
     unread = 0
 
     def report(line):

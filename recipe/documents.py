@@ -5,17 +5,19 @@ import email.policy
 from pathlib import Path
 
 from bs4 import BeautifulSoup
+from bs4.exceptions import ParserRejectedMarkup
 from pypdf import PdfReader
 from pypdf.errors import PyPdfError
 
 MOST_BYTES = 50_000_000
 HEADERS = ("From", "To", "Cc", "Date", "Subject")
 MARKUP = (".html", ".htm", ".xhtml")
+NO_TEXT = "no text, nor a kind of file that text is taken out of"
 
 
 def texts(path):
-    """The texts of a file, a `list` of (page, text): pages from 1 of a PDF, `None` of what has none. Blank ones are
-    left out.
+    """The texts of a file, a `list` of (page, text): pages from 1 of a PDF, `None` of what has none. Those without a
+    letter or digit are left out.
 
     Raises:
         ValueError: it is too large, encrypted or damaged, no text, or has none in it.
@@ -32,8 +34,9 @@ def texts(path):
         found = [(None, of_email(path.read_bytes()))]
     else:
         found = [(None, of_markup(path.read_bytes()) if suffix in MARKUP else decoded(path.read_bytes()))]
-    # Halves of a character, which a damaged file may give, are none.
-    found = [(page, text.encode("utf-8", "replace").decode()) for page, text in found if text.strip()]
+    # Halves of a character, which a damaged file may give, are none. Nor is there text without a letter or digit: of
+    # some PDFs' fonts nobody knows what their signs mean.
+    found = [(page, text.encode("utf-8", "replace").decode()) for page, text in found if any(map(str.isalnum, text))]
     if not found:
         raise ValueError("no text in it" + (": is it a scan?" if suffix == ".pdf" else ""))
     return found
@@ -56,7 +59,10 @@ def of_email(data):
     message = email.message_from_bytes(data, policy=email.policy.default)
     lines = [f"{name}: {message[name]}" for name in HEADERS if message[name]]
     body = message.get_body(("plain", "html"))
-    text = body.get_content() if body else ""
+    try:
+        text = body.get_content() if body else ""
+    except LookupError:  # a charset that Python does not know
+        text = decoded(body.get_payload(decode=True))
     if body and body.get_content_subtype() == "html":
         text = of_markup(text)
     return "\n".join(lines) + "\n\n" + text
@@ -64,7 +70,10 @@ def of_email(data):
 
 def of_markup(data):
     """What a page of HTML, `bytes` or `str`, shows, a line for each piece of text."""
-    soup = BeautifulSoup(data, "html.parser")
+    try:
+        soup = BeautifulSoup(data, "html.parser")
+    except ParserRejectedMarkup as error:
+        raise ValueError("no HTML that can be read") from error
     for tag in soup(["script", "style", "noscript", "template"]):
         tag.decompose()
     blocks = soup.find_all(["p", "div", "li", "tr", "br", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "title"])
@@ -74,12 +83,16 @@ def of_markup(data):
 
 
 def decoded(data):
-    """Plain text, UTF-8 or UTF-16 by its mark; other bytes only if most of them are letters of some 8-bit code."""
+    """Plain text: UTF-16 by its mark, UTF-8, or else Windows-1252, if of that code at most one character in twenty is a
+    control character."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", "replace")
     if b"\0" in data[:8192]:
-        raise ValueError("no text, nor a kind of file that text is taken out of")
+        raise ValueError(NO_TEXT)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return data.decode("cp1252", "replace")
+        text = data.decode("cp1252", "replace")
+    if sum(not (each.isprintable() or each.isspace()) for each in text) > len(text) / 20:
+        raise ValueError(NO_TEXT)
+    return text

@@ -36,6 +36,12 @@ def pdf(path, *pages):
     return path
 
 
+def encrypted(path, source, password, algorithm):
+    writer = PdfWriter(clone_from=PdfReader(source))
+    writer.encrypt(password, owner_password="owner", algorithm=algorithm)
+    writer.write(path)
+
+
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "a b é.txt").write_text("The ship Aurora was built in Turku in 1912.\nIt had three masts.", "utf-8")
@@ -45,9 +51,11 @@ def folder(tmp_path):
     pdf(tmp_path / "two.pdf", "Chapter one tells nothing.", "The lighthouse is kept by Anselm Brodie.")
     (tmp_path / "corrupt.pdf").write_bytes(b"%PDF-1.4\nnonsense")
     pdf(tmp_path / "scan.pdf", None)
-    locked = PdfWriter(clone_from=PdfReader(tmp_path / "two.pdf"))
-    locked.encrypt("secret")
-    locked.write(tmp_path / "locked.pdf")
+    for name, password, algorithm in (("locked", "secret", "RC4-128"), ("sealed", "secret", "AES-256")):
+        encrypted(tmp_path / f"{name}.pdf", tmp_path / "two.pdf", password, algorithm)
+    (tmp_path / "signs.txt").write_text("\ue001\ue002 \u200b\ufffd", "utf-8")
+    (tmp_path / "torn.html").write_text("<![torn <p>markup</p>")
+    (tmp_path / "bytes.txt").write_bytes(bytes(range(1, 256)))
     (tmp_path / "photo.jpg").write_bytes(b"\xff\xd8\0\0")
     (tmp_path / "empty.md").write_text(" \n")
     with (tmp_path / "huge.log").open("wb") as file:
@@ -68,6 +76,10 @@ def test_texts_are_what_the_files_show(folder):
     (folder / "utf16.txt").write_text("Grüße", "utf-16")
     (folder / "latin.txt").write_bytes("Grüße".encode("cp1252"))
     assert read("utf16.txt") == read("latin.txt") == [(None, "Grüße")]
+    encrypted(folder / "open.pdf", folder / "two.pdf", "", "AES-256")
+    assert read("open.pdf") == read("two.pdf")
+    (folder / "charset.eml").write_bytes(b"Content-Type: text/plain; charset=nonsense\n\nGr\xfc\xdfe")
+    assert read("charset.eml") == [(None, "\n\nGrüße")]
 
 
 @pytest.mark.parametrize(
@@ -75,6 +87,10 @@ def test_texts_are_what_the_files_show(folder):
     [
         ("corrupt.pdf", "no PDF that can be read"),
         ("locked.pdf", "encrypted, and asks for a password"),
+        ("sealed.pdf", "encrypted, and asks for a password"),
+        ("signs.txt", "no text in it"),
+        ("torn.html", "no HTML that can be read"),
+        ("bytes.txt", "no text, nor a kind of file"),
         ("scan.pdf", "is it a scan"),
         ("photo.jpg", "no text, nor a kind of file"),
         ("empty.md", "no text in it"),
@@ -104,8 +120,9 @@ def test_a_folder_is_asked_and_each_file_that_cannot_be_read_is_a_line(folder, a
     status, printed, complaints = answered("Who keeps the lighthouse?", folder, "--top_k", 1)
     assert status == 0 and printed.splitlines()[0] == "Anselm Brodie"
     assert f"{folder / 'two.pdf'}, page 2: The lighthouse is kept by Anselm Brodie." in printed
-    lines = [line for line in complaints.splitlines() if str(folder) in line]
-    names = ["corrupt.pdf", "empty.md", "huge.log", "locked.pdf", "photo.jpg", "scan.pdf"]
+    lines = [line for line in complaints.splitlines() if line and not line.startswith(("Loading", "Reading"))]  # bars
+    names = ["bytes.txt", "corrupt.pdf", "empty.md", "huge.log", "locked.pdf", "photo.jpg", "scan.pdf"]
+    names += ["sealed.pdf", "signs.txt", "torn.html"]
     assert [line.split(":")[0] for line in lines] == [str(folder / name) for name in names]
 
     status, printed, _ = answered("Where was the ship Aurora built?", folder / "a b é.txt", "--jsonl", "--top_k", 1)
