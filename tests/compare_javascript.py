@@ -1,8 +1,8 @@
-"""How many of the cases JavaScript answers as Python does: `python -m tests.compare_javascript MODEL`.
+"""How many of the cases JavaScript answers as Python does: `python -m tests.compare_javascript MODEL RESULTS`.
 
 MODEL is a folder with the graph beside the weights. Both run the graph, Python in onnxruntime, JavaScript in Node by
 onnxruntime-node and by onnxruntime-web, whose WebAssembly is the browser's. What Python's logits make in JavaScript is
-compared too.
+compared too. Writes the results file, and ends with the exit status 1 where fewer are alike than `LEAST`.
 """
 
 import sys
@@ -15,10 +15,13 @@ from tokenizers import Tokenizer
 
 from qualaminilm.reading_qualaminilm import Reading
 from recipe.browser import write_model
+from recipe.results import describe_run, write_json
 from tests.javascript import call, in_code_units, read_cases
 
 PRESETS = ("full", "fast")
 RUNTIMES = ("onnxruntime-node", "onnxruntime-web")
+SAME_LOGITS = "the same logits"
+LEAST = {SAME_LOGITS: 200, "onnxruntime-node": 196, "onnxruntime-web": 196}  # of 200
 
 
 class Graph:
@@ -34,7 +37,7 @@ class Graph:
 
 
 def main():
-    cases = read_cases()
+    cases, rows = read_cases(), []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder) / "model"
         write_model(folder, sys.argv[1])
@@ -49,18 +52,23 @@ def main():
                 expected += in_code_units(case["context"], [reading.best(case["context"], windows, logits)])
                 given = [each.tolist() for each in logits]
                 calls.append(["best", case["question"], case["context"], {}, given])
-            report(preset, "the same logits", expected, [found["answers"] for found in call(calls, folder)])
+            rows.append(compared(preset, SAME_LOGITS, expected, [found["answers"] for found in call(calls, folder)]))
             calls = [["answer", case["question"], case["context"], {"length_config": preset}] for case in cases]
             for runtime in RUNTIMES:
-                report(preset, runtime, expected, call(calls, folder, runtime))
+                rows.append(compared(preset, runtime, expected, call(calls, folder, runtime)))
+    run = describe_run("tests.compare_javascript", onnxruntime)
+    write_json(run | {"cases": len(cases), "rows": rows}, sys.argv[2])
+    print(f"Wrote {sys.argv[2]}")
+    sys.exit(any(row["alike"] < LEAST[row["how"]] for row in rows))
 
 
-def report(preset, how, expected, found):
-    places = sum(
+def compared(preset, how, expected, found):
+    alike = sum(
         all(one[key] == other[key] for key in ("start", "end", "answer")) for one, other in zip(expected, found)
     )
-    most = max(abs(one["score"] - other["score"]) for one, other in zip(expected, found))
-    print(f"{preset}, {how}: {places} of {len(expected)} answers alike, scores at most {most:.1e} apart", flush=True)
+    apart = max(abs(one["score"] - other["score"]) for one, other in zip(expected, found))
+    print(f"{preset}, {how}: {alike} of {len(expected)} answers alike, scores at most {apart:.1e} apart", flush=True)
+    return {"preset": preset, "how": how, "alike": alike, "scores_apart": apart}
 
 
 if __name__ == "__main__":

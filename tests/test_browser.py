@@ -103,6 +103,12 @@ def test_the_example_in_node(built):
     assert done.returncode == 1 and done.stderr.startswith("`context` holds no text") and "at " not in done.stderr
 
 
+def test_the_module_goes_by_the_package_s_name():
+    script = 'import("qualaminilm").then(({ QuestionAnswering }) => console.log(QuestionAnswering.name))'
+    done = subprocess.run([NODE, "-e", script], cwd=BROWSER, capture_output=True, text=True)
+    assert done.stdout == "QuestionAnswering\n", done.stderr
+
+
 PIPELINE = """
 const { env, pipeline } = require("@huggingface/transformers");
 env.allowRemoteModels = false;

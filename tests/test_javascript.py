@@ -140,6 +140,7 @@ def test_strings_are_whole_alike():
 def test_bad_input_is_named_alike():
     """By the same message, but for how a value is written."""
     options = [{"top_k": 0}, {"max_answer_len": 1.5}, {"max_seq_len": -3}, {"doc_stride": -1}]
+    options += [{"handle_impossible_answer": 1}, {"return_answerable": 0}, {"align_to_words": 2}]
     texts = [("", "b"), ("a", ""), (" \n\x1c", "b"), ("a", "\u3000"), (7, "b"), ("a", "b\ud800c")]
     calls = [["checkOptions", each] for each in options]
     calls += [["checkExample", {"question": question, "context": context}] for question, context in texts]
@@ -148,7 +149,7 @@ def test_bad_input_is_named_alike():
             check_example(given) if "question" in given else check_options(**given)
         assert isinstance(found, ValueError) and str(found)[:24] == str(raised.value)[:24], given
     good = [
-        ["checkOptions", {"top_k": 1, "doc_stride": 0, "no_answer_threshold": -1}],
+        ["checkOptions", {"top_k": 1, "doc_stride": 0, "no_answer_threshold": -1, "align_to_words": False}],
         ["checkExample", {"question": "a", "context": "\ufeff"}],
     ]
     assert call(good) == [None, None]

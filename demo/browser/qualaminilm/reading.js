@@ -31,6 +31,12 @@ export function checkOptions(options) {
     if (threshold !== undefined && (typeof threshold !== "number" || Number.isNaN(threshold))) {
         throw new ValueError(`no_answer_threshold is ${shown(threshold)}, expected a number`);
     }
+    for (const name of ["align_to_words", "handle_impossible_answer", "return_answerable"]) {
+        const value = options[name];
+        if (value !== undefined && typeof value !== "boolean") {
+            throw new ValueError(`${name} is ${shown(value)}, expected true or false`);
+        }
+    }
 }
 
 /**
