@@ -1,4 +1,5 @@
-"""How many of the cases JavaScript answers as Python does: `python -m tests.compare_javascript MODEL RESULTS`.
+"""How many of the cases JavaScript answers as Python does: `PYTHONPATH=tests python -m tests.compare_javascript
+MODEL RESULTS`.
 
 MODEL is a folder with the graph beside the weights. Both run the graph, Python in onnxruntime, JavaScript in Node by
 onnxruntime-node and by onnxruntime-web, whose WebAssembly is the browser's. What Python's logits make in JavaScript is
@@ -57,7 +58,7 @@ def main():
             for runtime in RUNTIMES:
                 rows.append(compared(preset, runtime, expected, call(calls, folder, runtime)))
     run = describe_run("tests.compare_javascript", onnxruntime)
-    write_json(run | {"cases": len(cases), "rows": rows}, sys.argv[2])
+    write_json(sys.argv[2], run | {"cases": len(cases), "rows": rows})
     print(f"Wrote {sys.argv[2]}")
     sys.exit(any(row["alike"] < LEAST[row["how"]] for row in rows))
 
