@@ -22,7 +22,7 @@ from recipe import ROOT
 from recipe.results import write_json
 
 LONG = 1.0  # hours of work that are not discarded unasked
-KEYS = {"module", "hours", "resumes", "stages", "files", "packages", "settings"}
+KEYS = {"module", "hours", "resumes", "stages", "files", "models", "packages", "settings"}
 
 
 class Stage:
@@ -36,6 +36,7 @@ class Stage:
             - resumes: whether the command goes on from what stands in its output folder;
             - stages, files: tables of the command's options, whose values are a stage before it, and files in the
               folder of the data, or patterns of some;
+            - models: a table of its options that are folders of finished models, relative to the repository's root;
             - packages: installed ones that it reads;
             - settings: a table of its other options.
         data, output: folders, of the data and for what is made.
@@ -52,7 +53,7 @@ class Stage:
         self.module = described["module"]
         self.hours, self.resumes = described.get("hours", 0), described.get("resumes", False)
         self.stages, self.packages = described.get("stages", {}), described.get("packages", [])
-        self.settings = described.get("settings", {})
+        self.models, self.settings = described.get("models", {}), described.get("settings", {})
         self.files = {}
         for option, patterns in described.get("files", {}).items():
             for pattern in patterns:
@@ -73,7 +74,7 @@ class Stage:
         for name in self.stages.values():
             if name not in before:
                 raise ValueError(f"stage {self.name} reads stage {name}, which does not come before it")
-        return {
+        found = {
             "module": self.module,
             "settings": self.settings,
             "stages": {option: sha256(before[name]) for option, name in self.stages.items()},
@@ -81,10 +82,12 @@ class Stage:
             # Of an installed package RECORD holds every file's hash.
             "packages": {name: sha256(distribution(name).read_text("RECORD")) for name in self.packages},
         }
+        models = {option: sha256_of_model(ROOT / folder) for option, folder in self.models.items()}
+        return found | ({"models": models} if models else {})
 
     def command(self):
         options = {option: self.folder.with_name(name) for option, name in self.stages.items()}
-        options |= self.files | self.settings | {"output_dir": self.folder}
+        options |= self.files | self.models | self.settings | {"output_dir": self.folder}
         command = [sys.executable, "-m", self.module]
         for option, value in options.items():
             values = value if isinstance(value, list) else [value]
@@ -130,6 +133,11 @@ class Stage:
 
 def sha256(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sha256_of_model(folder):
+    """Of its weights and its tokenizer."""
+    return sha256({path.name: file_sha256(path) for path in (*folder.glob("*.safetensors"), folder / "tokenizer.json")})
 
 
 def differences(before, after, name=""):

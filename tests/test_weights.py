@@ -78,6 +78,25 @@ def test_what_is_made_is_made_once_and_again_when_it_would_be_another(make, tmp_
     assert make("--again", "second")[1] == ["second from False"]
 
 
+def test_another_model_is_read_again(make, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "model.safetensors").write_text("weights")
+    (model / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr(weights, "ROOT", tmp_path)
+    described = weights.Stage(tmp_path / "stages" / "1-first.toml", tmp_path / "data", tmp_path / "output")
+    assert "models" not in described.made_from({})
+    (tmp_path / "stages" / "1-first.toml").write_text(FIRST + '\n[models]\nmodel = "model"\n')
+    read = weights.Stage(tmp_path / "stages" / "1-first.toml", tmp_path / "data", tmp_path / "output")
+    assert read.command()[-4:-2] == ["--model", "model"]
+    before = read.made_from({})
+    (model / "config.json").write_text("{}")
+    assert read.made_from({}) == before
+    (model / "model.safetensors").write_text("others")
+    (line,) = weights.differences(before, read.made_from({}))
+    assert line.startswith("models model: ")
+
+
 def test_more_than_an_hour_s_work_is_discarded_when_that_is_asked_for(make, tmp_path):
     make()
     record = tmp_path / "output" / "second.json"
