@@ -23,8 +23,10 @@ from recipe.training import (
     train,
 )
 
-MOST_MACS = 0.7  # of the full model's, in a sub-model: what drops less is near enough to it
+# MACs of a sub-model, as a share of the full model's. One that drops less than the most is near enough to the full one.
+LEAST_MACS, MOST_MACS = 0.38, 0.7
 LEAST_LEFT = 0.05  # of the tokens, in a sub-model
+SUB_MODEL_WEIGHT = 0.5  # of each sub-model's loss; the full model's counts 1
 
 
 @dataclass
@@ -37,13 +39,6 @@ class AdaptArguments(SpanArguments):
         default_factory=list, metadata={"help": "Layers, from 0, that sub-models may drop tokens in; all by default."}
     )
     at_most: int = field(default=3, metadata={"help": "Layers that one sub-model drops tokens in."})
-    least_macs: float = field(
-        default=0.38, metadata={"help": "MACs of the smallest sub-model, as a share of the full model's."}
-    )
-    num_sandwich: int = field(default=1, metadata={"help": "Random sub-models a step, beside a smallest one."})
-    sub_model_weight: float = field(
-        default=0.5, metadata={"help": "Weight of each sub-model's loss; the full model's counts 1."}
-    )
     scorers_only: bool = field(
         default=False, metadata={"help": "Train the scorers of a model that stays as it is: a start for the rest."}
     )
@@ -51,8 +46,6 @@ class AdaptArguments(SpanArguments):
     def __post_init__(self):
         if self.scorers_only and self.significance != "learned":
             raise ValueError(f"--scorers_only with --significance {self.significance}, which has no scorers")
-        if not 0 < self.least_macs < MOST_MACS:
-            raise ValueError(f"--least_macs is {self.least_macs}, expected a number between 0 and {MOST_MACS}")
 
 
 @dataclass
@@ -107,7 +100,7 @@ class AdaptTrainer(SpanTrainer):
             for length_config in self.sub_models(unwrapped.config):
                 with replaying(unwrapped.bert.encoder, full.hidden_states, length_config):
                     sub_model = model(**inputs | {"length_config": length_config}, output_kept_tokens=True)
-                losses.append(self.arguments.sub_model_weight * following_loss(sub_model, answer, mask))
+                losses.append(SUB_MODEL_WEIGHT * following_loss(sub_model, answer, mask))
         loss = sum(losses)
         return (loss, full) if return_outputs else loss
 
@@ -118,12 +111,11 @@ class AdaptTrainer(SpanTrainer):
     def sub_models(self, config):
         """The step's sub-models of a model of this `config`, which follow from (seed, step): a length config each.
 
-        The sandwich rule: a smallest one, of `least_macs`, and `num_sandwich` of more.
+        With the full model the sandwich rule (Yu and Huang, arXiv:1903.05134): a smallest one, and a random one.
         """
         rng = random.Random(f"{self.args.seed} {self.state.global_step}")
-        choosing, least = self.choosing(config), self.arguments.least_macs
-        for share in [least, *(rng.uniform(least, MOST_MACS) for _ in range(self.arguments.num_sandwich))]:
-            yield draw_sub_model(rng, config, share, choosing, self.arguments.at_most)
+        for share in (LEAST_MACS, rng.uniform(LEAST_MACS, MOST_MACS)):
+            yield draw_sub_model(rng, config, share, self.choosing(config), self.arguments.at_most)
 
 
 def draw_sub_model(rng, config, macs_share, choosing, at_most):

@@ -103,7 +103,6 @@ def command_line():
     parser.add_argument("--split", choices=SPLITS, default="all", help="part of each file (all)")
     parser.add_argument("--length_config", default="full", help="a preset's name, or JSON: [0.9, ...] (full)")
     parser.add_argument("--batch_size", type=int, default=16, help="windows a batch (16)")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="precision (float32)")
     parser.add_argument(
         "--max_answer_len", type=int, default=MAX_ANSWER_LEN, help="tokens of the longest answer (%(default)s)"
     )
@@ -135,7 +134,7 @@ def main():
     if arguments.record and not (isinstance(length_config, str) and (is_test or arguments.split == "validation")):
         parser.error("--record takes a preset's name as --length_config, and a test set or --split validation")
 
-    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=getattr(torch, arguments.dtype))
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32)
     pipeline = QuestionAnsweringPipeline(model=model.eval(), tokenizer=load_tokenizer(arguments.model))
     questions = read_sources(arguments.data, arguments.split)
     if not arguments.handle_impossible_answer:
@@ -165,7 +164,6 @@ def main():
         "mean_macs_share_over_rows": sum(config.macs_share(length_config, n) for n in lengths) / len(lengths),
         "median_tokens_a_row": sorted(lengths)[len(lengths) // 2],
         "seconds": round(seconds, 1),
-        "dtype": arguments.dtype,
         "engine": describe_engine(model),
         "split": arguments.split,
         "data": data,

