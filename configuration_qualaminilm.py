@@ -186,14 +186,7 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         self.answerable_calibration = answerable_calibration
         self._check_fields(kwargs)
         self.length_presets = self.checked_presets(length_presets)
-        known = [self.sha256_of_architecture()]
-        if not int8_weights:  # as versions without that field wrote it
-            known.append(self.sha256_of_architecture(int8_weights=int8_storage))
-        if architecture_sha256 is not None and architecture_sha256 not in known:
-            raise ValueError(
-                f"architecture_sha256 is {architecture_sha256!r}, which is not that of {', '.join(ARCHITECTURE)}: "
-                f"{CONFIG_NAME} was changed after the weights were saved. If it was meant, delete architecture_sha256"
-            )
+        self._check_architecture(architecture_sha256, int8_weights or int8_storage)
         super().__init__(pad_token_id=pad_token_id, **kwargs)
         self.auto_map = dict(AUTO_MAP)
         self.custom_pipelines = copy.deepcopy(CUSTOM_PIPELINES)
@@ -231,6 +224,15 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         require("architectures", architectures, architectures is None or legal, "a list of str")
         legal = (dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")) in DTYPES
         require("dtype", dtype, dtype is None or legal, f"one of {DTYPES}")
+
+    def _check_architecture(self, stated, int8_weights):
+        """Raises a [`ValueError`] unless the SHA-256 `stated` is ours, or that of this `int8_weights`, which in older
+        versions is no `bool`."""
+        if stated not in (None, self.sha256_of_architecture(), self.sha256_of_architecture(int8_weights=int8_weights)):
+            raise ValueError(
+                f"architecture_sha256 is {stated!r}, which is not that of {', '.join(ARCHITECTURE)}: "
+                f"{CONFIG_NAME} was changed after the weights were saved. If it was meant, delete architecture_sha256"
+            )
 
     def sha256_of_architecture(self, **others):
         """SHA-256, in hex, of the fields that the weights mean nothing without, or of `others` in their place."""

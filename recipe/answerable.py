@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import json
 import random
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -270,13 +271,36 @@ def share(array):
     return float(array.mean()) if len(array) else None
 
 
-def measured_among(pipeline, asked, logits, right_alone, threshold, seed):
+def fitted(pipeline, asked, logits):
+    """Threshold and calibration that fit the fitting half of the questions, a dict; the threshold of
+    [`balanced_threshold_of`] there; and a function of any threshold and calibration, what they do to the other half."""
+    texts, evidence = zip(*(best(pipeline, each.context, *of) for each, of in zip(asked, logits, strict=True)))
+    kinds, fits = np.array([each.kind for each in asked]), np.array([each.fits for each in asked])
+    f1, evidence, answered = f1_of(asked, texts), np.array(evidence), kinds == "answered"
+    right, of_v2 = answered & (f1 >= RIGHT), fits & (kinds != "off-topic")
+    own = {
+        "no_answer_threshold": threshold_of(evidence[fits & right]),
+        "answerable_calibration": calibration_of(evidence[fits], answered[fits]),
+    }
+    balanced = balanced_threshold_of(evidence[of_v2], f1[of_v2], answered[of_v2])
+    return own, balanced, partial(measured, evidence=evidence[~fits], kinds=kinds[~fits], right=right[~fits])
+
+
+def measured_among(pipeline, asked, logits_of_each, threshold, seed):
     """Of the questions that are right alone, how many are where their document stands among others, by the number of
     windows. Windows that follow each other are those of the text that they make up, but for a word that is cut at its
-    start, so that one text has all sizes."""
+    start, so that one text has all sizes.
+
+    Args:
+        logits_of_each: of questions and a name to keep their logits by, to what [`logits_of`] yields.
+    """
+    alone = [as_alone(each) for each in asked]
+    texts = [best(pipeline, each.context, *of)[0] for each, of in zip(alone, logits_of_each(alone, "alone"))]
+    right_alone = is_right(alone, texts)
     draw, found = random.Random(seed), {size: [] for size in SIZES}
-    for each, alone, (windows, of_windows) in zip(asked, right_alone, logits, strict=True):
-        if not alone:
+    logits = logits_of_each(asked, "among")
+    for each, is_right_alone, (windows, of_windows) in zip(asked, right_alone, logits, strict=True):
+        if not is_right_alone:
             continue
         start, end = each.place
         starts = [int(window.tokens.starts[window.span.start]) for window in windows]
@@ -287,17 +311,17 @@ def measured_among(pipeline, asked, logits, right_alone, threshold, seed):
             first = draw.randint(max(0, mine[-1] - size_here + 1), min(mine[0], len(windows) - size_here))
             some = slice(first, first + size_here)
             found[size].append((each, size_here, *best(pipeline, each.context, windows[some], of_windows[some])))
-    result = []
+    sizes_measured = []
     for asked_here, sizes, texts, evidence in (zip(*rows) for rows in found.values() if rows):
         right = is_right(asked_here, texts)
-        result.append(
+        sizes_measured.append(
             {
                 "windows": float(np.mean(sizes)),
                 "right": share(right),
                 "right_and_above_threshold": share(right & (np.array(evidence) >= threshold)),
             }
         )
-    return result
+    return {"questions": len(alone), "right_alone": int(right_alone.sum()), "sizes": sizes_measured}
 
 
 def draw_bins(results, path):
@@ -361,9 +385,7 @@ def main():
     among = []
     if DOCUMENTS in tables:
         among = among_others(tables[DOCUMENTS], arguments.among, max(SIZES), pipeline, arguments.seed)
-    alone = [as_alone(each) for each in among]
-    kinds, fits = np.array([each.kind for each in asked]), np.array([each.fits for each in asked])
-    results, fitted = {}, None
+    results, settled = {}, None
     for name in arguments.length_configs:
         length_config = parse_length_config(name)
 
@@ -372,32 +394,16 @@ def main():
             known_by = hashlib.sha256(identity.encode()).hexdigest()[:16]
             return logits_of(pipeline, of, length_config, arguments.logits / f"{what}-{known_by}")
 
-        texts, evidence = zip(*(best(pipeline, each.context, *of) for each, of in zip(asked, logits(asked, "asked"))))
-        f1 = f1_of(asked, texts)
-        evidence, right = np.array(evidence), (kinds == "answered") & (f1 >= RIGHT)
-        own = {
-            "no_answer_threshold": threshold_of(evidence[fits & right]),
-            "answerable_calibration": calibration_of(evidence[fits], (kinds == "answered")[fits]),
-        }
-        if fitted is None:
-            fitted, of_v2 = own, fits & (kinds != "off-topic")
-            balanced = balanced_threshold_of(evidence[of_v2], f1[of_v2], (kinds == "answered")[of_v2])
-        threshold, calibration = fitted.values()
-        measuring = evidence[~fits], kinds[~fits], right[~fits]
-        results[name] = measured(threshold, calibration, *measuring)
-        results[name]["by_its_own"] = own | measured(*own.values(), *measuring)
+        own, balanced, measure = fitted(pipeline, asked, logits(asked, "asked"))
+        if settled is None:
+            settled, balanced_threshold = own, balanced
+        results[name] = measure(*settled.values())
+        results[name]["by_its_own"] = own | measure(*own.values())
         del results[name]["by_its_own"]["bins"]
-        results[name]["among_others"] = None
-        if among:
-            texts = [best(pipeline, each.context, *of)[0] for each, of in zip(alone, logits(alone, "alone"))]
-            right_alone = is_right(alone, texts)
-            results[name]["among_others"] = {
-                "questions": len(alone),
-                "right_alone": int(right_alone.sum()),
-                "sizes": measured_among(
-                    pipeline, among, logits(among, "among"), right_alone, threshold, arguments.seed
-                ),
-            }
+        threshold = settled["no_answer_threshold"]
+        results[name]["among_others"] = (
+            measured_among(pipeline, among, logits, threshold, arguments.seed) if among else None
+        )
         results[name]["examples"] = [
             {"question": question, "expected": expected}
             | pipeline(question=question, context=context, length_config=length_config)
@@ -407,8 +413,8 @@ def main():
     write_json(
         arguments.output,
         {
-            **fitted,
-            "balanced_threshold": balanced,
+            **settled,
+            "balanced_threshold": balanced_threshold,
             "length_configs": results,
             "right_from_f1": RIGHT,
             "weights_sha256": weights,
@@ -419,8 +425,8 @@ def main():
     draw_bins(results, arguments.figure)
     print(f"Wrote {arguments.output} and {arguments.figure}")
     if arguments.record:
-        record(arguments.model, *fitted.values())
-        print(f"Wrote {fitted} into config.json of {arguments.model}")
+        record(arguments.model, *settled.values())
+        print(f"Wrote {settled} into config.json of {arguments.model}")
 
 
 def as_alone(asked):
