@@ -27,8 +27,8 @@ class DroppingLayer(nn.Module):
     A kind of it has
 
     - `scorer`: a [`QuaLAMiniLMScorer`], or `None` where the attention that a token receives makes it significant;
-    - `read(states)`: what attention and the scorer read of hidden states;
-    - `attention.self(inputs, alive, queries, asking, with_map)`: attention of what was read of `queries`, those that
+    - `inputs_of(states)`: what attention and the scorer take of hidden states;
+    - `attention.self(inputs, alive, queries, asking, with_map)`: attention of the inputs of `queries`, those that
       are `asking`, over `inputs`, those that are `alive`: (batch, queries, hidden); and the map (batch, heads, queries,
       slots), `None` unless `with_map`;
     - `feed_forward(context, residual)`: all that comes after attention, token by token.
@@ -45,13 +45,13 @@ class DroppingLayer(nn.Module):
             `None` if all were handed on; which are alive (bool `(batch, k)` or `None`); the map or `None`.
         """
         by_score, by_attention = keep is not None and self.scorer is not None, keep is not None and self.scorer is None
-        inputs, slots, handed_on = self.read(hidden_states), None, alive
+        inputs, slots, handed_on = self.inputs_of(hidden_states), None, alive
         queries, residual = inputs, hidden_states
         if by_score:
             # Before attention: dropped tokens serve as keys and values once more, and ask no more.
             slots, handed_on = choose(self.scorer(inputs, alive), alive, keep, self.training)
             residual = take(hidden_states, slots)
-            queries = self.read(residual)
+            queries = self.inputs_of(residual)
         context, attention_map = self.attention.self(inputs, alive, queries, handed_on, with_map or by_attention)
         if by_attention:
             slots, handed_on = choose(received_attention(attention_map, alive), alive, keep, self.training)
@@ -93,6 +93,7 @@ class QuaLAMiniLMScorer(nn.Module):
         return self.score(self.dense(states), alive)
 
     def score(self, projected, alive):
+        """Significance (batch, slots) of states as `dense` projects them, (batch, slots, sum of `sizes`)."""
         features, matched, gate = projected.split(self.sizes, -1)
         matched = matched.unflatten(-1, (self.HEADS, self.HEAD_SIZE)).transpose(1, 2)
         norm = torch.linalg.vector_norm(matched, dim=-1).clamp(min=1e-12)

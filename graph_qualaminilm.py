@@ -34,6 +34,7 @@ class Unusable(Exception):
 
 
 def import_onnxruntime():
+    """The package. Raises [`Unusable`] where it is missing."""
     # From 1.29 on it tells its maker of each model that it reads, by a thread that a forked child waits for at its end.
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
@@ -108,4 +109,5 @@ class Graph:
 
 
 def metadata(session):
+    """What a session's graph says of itself, a dict of `str`."""
     return session.get_modelmeta().custom_metadata_map

@@ -166,6 +166,7 @@ def over_rows(function, limit, query, key, *others):
 
 
 def cached_attention(query, key, value, mask):
+    """[`bfloat16_attention`], as many rows at once as the cache holds the scores of."""
     return over_rows(bfloat16_attention, CACHED_SCORES, query, key, value, mask)
 
 
@@ -254,6 +255,7 @@ def sums_exactly(pair):
 
 @functools.cache
 def warn_of_float_kernel():
+    """Once in a process."""
     logger.warning(
         "This processor or this build of torch has no exact 8-bit matrix products of these weights: they are "
         "multiplied in float32. It takes longer; answers are nearly always the same."

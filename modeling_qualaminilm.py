@@ -45,7 +45,7 @@ class QuaLAMiniLMModelOutput(ModelOutput):
     """
     Args:
         last_hidden_state (`torch.FloatTensor` of shape `(batch, sequence, hidden)`): every token, restored.
-        read (`torch.FloatTensor` of shape `(batch, sequence, columns)`, in its place): what `read` makes of it.
+        readout (`torch.FloatTensor` of shape `(batch, sequence, columns)`, in its place): what `read` makes of it.
         hidden_states (tuple, on request): the embeddings and each layer's output, restored to
             `(batch, sequence, hidden)`.
         attentions (tuple, on request): one `(batch, heads, queries, keys)` a layer. Keys are the slots that enter the
@@ -55,7 +55,7 @@ class QuaLAMiniLMModelOutput(ModelOutput):
     """
 
     last_hidden_state: Optional[torch.FloatTensor] = None
-    read: Optional[torch.FloatTensor] = None
+    readout: Optional[torch.FloatTensor] = None
     hidden_states: Optional[tuple] = None
     attentions: Optional[tuple] = None
     kept_tokens: Optional[tuple] = None
@@ -79,6 +79,8 @@ class QuaLAMiniLMQuestionAnsweringOutput(ModelOutput):
 
 
 class QuaLAMiniLMEmbeddings(nn.Module):
+    """BERT's or RoBERTa's: words, positions and token types, added up, `(batch, sequence, hidden)`."""
+
     def __init__(self, config):
         super().__init__()
         self.roberta = config.embedding_type == "roberta"
@@ -117,6 +119,8 @@ class QuaLAMiniLMEmbeddings(nn.Module):
 
 
 class QuaLAMiniLMSelfAttention(nn.Module):
+    """BERT's, of the tokens that are handed on over all that enter."""
+
     def __init__(self, config):
         super().__init__()
         self.num_attention_heads = config.num_attention_heads
@@ -167,6 +171,8 @@ class QuaLAMiniLMIntermediate(nn.Module):
 
 
 class QuaLAMiniLMLayer(DroppingLayer, GradientCheckpointingLayer):
+    """BERT's, which hands on some of its tokens: see [`DroppingLayer`]."""
+
     def __init__(self, config):
         super().__init__()
         self.attention = QuaLAMiniLMAttention(config)
@@ -174,7 +180,7 @@ class QuaLAMiniLMLayer(DroppingLayer, GradientCheckpointingLayer):
         self.output = QuaLAMiniLMResidual(config, config.intermediate_size)
         self.scorer = QuaLAMiniLMScorer(config) if config.significance == "learned" else None
 
-    def read(self, hidden_states):
+    def inputs_of(self, hidden_states):
         return hidden_states
 
     def feed_forward(self, context, residual):
@@ -183,6 +189,8 @@ class QuaLAMiniLMLayer(DroppingLayer, GradientCheckpointingLayer):
 
 
 class QuaLAMiniLMEncoder(nn.Module):
+    """The layers, one after another, and what each has left behind."""
+
     def __init__(self, config):
         super().__init__()
         kind = Int8Layer if config.int8_weights else QuaLAMiniLMLayer
@@ -235,6 +243,8 @@ class QuaLAMiniLMEncoder(nn.Module):
 
 
 class QuaLAMiniLMPreTrainedModel(Int8Model, PreTrainedModel):
+    """What the encoder alone and with a head have in common: loading with checks, saving with all that belongs there."""
+
     config_class = QuaLAMiniLMConfig
     base_model_prefix = "bert"
     supports_gradient_checkpointing = True
@@ -376,7 +386,7 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
         restored, parts = encode(split_rows(rows, *inputs), length, read, options)
         return QuaLAMiniLMModelOutput(
             last_hidden_state=restored if read is None else None,
-            read=None if read is None else restored,
+            readout=None if read is None else restored,
             hidden_states=parts[0][0],  # asked for, they are of the one part that there is
             attentions=parts[0][1] if output_attentions else None,
             kept_tokens=join_kept([kept_tokens for *_, kept_tokens in parts]) if output_kept_tokens else None,
@@ -450,27 +460,16 @@ class QuaLAMiniLMForQuestionAnswering(QuaLAMiniLMPreTrainedModel):
         The other arguments, what is raised and what is returned: see [`QuaLAMiniLMModel.forward`] and
         [`QuaLAMiniLMQuestionAnsweringOutput`].
         """
+        asked = output_attentions, output_hidden_states, output_kept_tokens
         if self.engine is not None and not torch.compiler.is_compiling():
-            others = position_ids, inputs_embeds, start_positions, end_positions
-            others += output_attentions, output_hidden_states, output_kept_tokens
+            others = position_ids, inputs_embeds, start_positions, end_positions, *asked
             logits = self.engine(self, input_ids, attention_mask, token_type_ids, length_config, others)
             if logits is not None:
                 return QuaLAMiniLMQuestionAnsweringOutput(start_logits=logits[0], end_logits=logits[1])
-        outputs = self.bert(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            length_config,
-            output_attentions,
-            output_hidden_states,
-            output_kept_tokens,
-            # Not the module itself, which accelerate's hooks would move along with the other arguments.
-            lambda states: self.qa_outputs(states),
-            return_dict=True,
-        )
-        logits = outputs.read
+        inputs = input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, length_config
+        # Not the module itself, which accelerate's hooks would move along with the other arguments.
+        outputs = self.bert(*inputs, *asked, lambda states: self.qa_outputs(states), return_dict=True)
+        logits = outputs.readout
         real = real_tokens(attention_mask, logits.shape[:2])
         if real is not None:
             real = real.to(logits.device)

@@ -208,8 +208,8 @@ class Int8Layer(DroppingLayer):
         self.output = Int8Residual(config, config.intermediate_size)
         self.scorer = Int8Scorer(config) if config.significance == "learned" else None
 
-    def read(self, hidden_states):
-        """Rounded once for all that read it, uint8; floats where somebody looks on or offloads.
+    def inputs_of(self, hidden_states):
+        """`hidden_states` rounded once for all that read them, uint8; floats where somebody looks on or offloads.
 
         Raises:
             ValueError: these layers round their input differently.
