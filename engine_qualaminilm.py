@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from transformers.utils import logging
 
 from .files_qualaminilm import holds_weights, stored_file, whole_file
@@ -129,7 +130,7 @@ class GraphEngine:
         happens within."""
         if self.state is None or model is not self.modules[0]:
             return False
-        if torch.jit.is_tracing() or torch.is_autocast_enabled("cpu"):
+        if torch.jit.is_tracing() or torch.is_autocast_enabled("cpu") or has_any_global_hook():
             return False
         if model.config.output_attentions or model.config.output_hidden_states:
             return False

@@ -8,6 +8,7 @@ import numpy as np
 
 GRAPH_FILE = "onnx/model_int8.onnx"
 AT_ONCE = 16 * 384  # tokens of a run, padding included: attention maps of more take memory, and no less time a token
+MOST_PADDING = 1 / 8  # of a run's real tokens
 MOST = 2**24  # tokens that an entry of the graph's length_config may count: float32 holds each int up to it
 
 # Sessions of this process, which destroys one by waiting for its threads.
@@ -78,11 +79,12 @@ class Graph:
         session = self._session(threads)
         entries = np.array([min(each, MOST) for each in lengths.entries], np.float32)
         entries = entries / 1000 if lengths.relative else entries
-        batch, length = inputs["input_ids"].shape
-        rows = max(1, AT_ONCE // length)
-        parts = [{name: array[i : i + rows] for name, array in inputs.items()} for i in range(0, batch, rows)]
-        found = [session.run(None, part | {"length_config": entries}) for part in parts]
-        return tuple(np.concatenate(each) for each in zip(*found))
+        logits = tuple(np.empty(inputs["input_ids"].shape, np.float32) for _ in range(2))
+        for rows in of_like_number(np.count_nonzero(inputs["attention_mask"], axis=1)):
+            part = {name: array[rows] for name, array in inputs.items()} | {"length_config": entries}
+            for whole, of_rows in zip(logits, session.run(None, part)):
+                whole[rows] = of_rows
+        return logits
 
     def _session(self, threads):
         """This process's session of so many threads."""
@@ -106,6 +108,21 @@ class Graph:
 
     def __getstate__(self):
         return self.__dict__ | {"sessions": {}}
+
+
+def of_like_number(tokens):
+    """Yields a batch's rows, which have so many real `tokens` each (an array), in lists to be run: the graph pads them
+    to the longest of a run."""
+    rows, real = [], 0
+    for row in np.argsort(-tokens, kind="stable").tolist():
+        number = max(1, int(tokens[row]))
+        padded = (len(rows) + 1) * max(1, int(tokens[rows[0]])) if rows else 0
+        if padded > min(AT_ONCE, (real + number) * (1 + MOST_PADDING)):
+            yield rows
+            rows, real = [], 0
+        rows.append(row)
+        real += number
+    yield rows
 
 
 def metadata(session):

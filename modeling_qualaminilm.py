@@ -243,7 +243,7 @@ class QuaLAMiniLMEncoder(nn.Module):
 
 
 class QuaLAMiniLMPreTrainedModel(Int8Model, PreTrainedModel):
-    """What the encoder alone and with a head have in common: loading with checks, saving with all that belongs there."""
+    """What the encoder has in common with the model that has a head: checked loading, and saving of all that belongs."""
 
     config_class = QuaLAMiniLMConfig
     base_model_prefix = "bert"

@@ -16,6 +16,7 @@ import copy
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from transformers.activations import ACT2FN
 
 from .dropping_qualaminilm import DroppingLayer, QuaLAMiniLMScorer, attend, on_tokens
@@ -241,6 +242,8 @@ def is_plain(module):
     function in the place of `forward`, as accelerate does, which may lend it its tensors for the time of a call."""
     if module is None:
         return True
+    if has_any_global_hook():
+        return False
     own = getattr(module.forward, "__func__", None) is type(module).forward
     return own and not (module._forward_pre_hooks or module._forward_hooks)
 

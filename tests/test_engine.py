@@ -13,6 +13,8 @@ from multiprocessing.reduction import ForkingPickler
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoModelForQuestionAnswering, pipeline
 
 from conftest import ROOT, once, right_padded
@@ -156,10 +158,24 @@ def test_large_batches_run_in_parts(folder, model, monkeypatch):
     inputs = batch(model.config)
     monkeypatch.setattr(graph_qualaminilm, "AT_ONCE", 2 * 31)
     by_torch, outputs = in_torch(model, inputs)
-    parts = [{name: tensor[rows] for name, tensor in inputs.items()} for rows in (slice(0, 2), slice(2, 4))]
+    parts = [{name: tensor[[row]] for name, tensor in inputs.items()} for row in range(4)]
     start, end = (np.concatenate(each) for each in zip(*(by_hand(folder, part, [1.0] * 3) for part in parts)))
     assert not by_torch
     np.testing.assert_array_equal([outputs.start_logits, outputs.end_logits], [start, end])
+
+
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=40))
+def test_rows_that_are_run_together_are_of_like_length(tokens):
+    parts = list(graph_qualaminilm.of_like_number(np.array(tokens)))
+    assert sorted(row for part in parts for row in part) == list(range(len(tokens)))
+    for part in parts:
+        real = [max(1, tokens[row]) for row in part]
+        assert len(part) == 1 or len(part) * max(real) <= min(16 * 384, 1.125 * sum(real))
+
+
+def test_rows_of_one_length_are_run_at_once():
+    assert list(graph_qualaminilm.of_like_number(np.full(16, 384))) == [list(range(16))]
+    assert list(graph_qualaminilm.of_like_number(np.array([30, 384, 380]))) == [[1, 2], [0]]
 
 
 ELSE = {
@@ -208,6 +224,17 @@ def test_whoever_looks_on_sees_torch(model, name, kind):
     handle = getattr(model.get_submodule(name), kind)(lambda *_: seen.append(1))
     assert in_torch(model, batch(model.config))[0] and seen
     handle.remove()
+    assert not in_torch(model, batch(model.config))[0]
+
+
+@pytest.mark.parametrize("kind", ["register_module_forward_hook", "register_module_forward_pre_hook"])
+def test_whoever_looks_on_all_modules_sees_torch(model, kind):
+    seen = set()
+    handle = getattr(torch.nn.modules.module, kind)(lambda module, *_: seen.add(module))
+    assert in_torch(model, batch(model.config))[0]
+    handle.remove()
+    # Of int8 layers too, whose inputs are rounded once for several.
+    assert model.bert.encoder.layer[0].attention.self.key in seen
     assert not in_torch(model, batch(model.config))[0]
 
 
