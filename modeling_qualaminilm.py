@@ -243,7 +243,7 @@ class QuaLAMiniLMEncoder(nn.Module):
 
 
 class QuaLAMiniLMPreTrainedModel(Int8Model, PreTrainedModel):
-    """What the encoder has in common with the model that has a head: checked loading, and saving of all that belongs."""
+    """What the encoder has in common with the model that has a head: checked loads, and saving of all that belongs."""
 
     config_class = QuaLAMiniLMConfig
     base_model_prefix = "bert"

@@ -13,6 +13,7 @@ import hashlib
 import importlib
 import json
 import os
+import reprlib
 import sys
 import types
 from collections.abc import Mapping
@@ -59,7 +60,9 @@ class Reader(length_configs.LengthConfigs):
         config, tokenizer = read_object(folder / "config.json"), read_object(folder / "tokenizer_config.json")
         path = folder / graph.GRAPH_FILE
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: python -m recipe.export --model {folder} writes it")
+            is_int8 = config.get("int8_weights") or config.get("int8_storage")
+            first = "" if is_int8 else "the weights are floats: python -m recipe.quantize stores them in int8, then "
+            raise FileNotFoundError(f"{path} is missing: {first}python -m recipe.export --model {folder} writes it")
         self.threads = processors() if threads is None else threads
         length_configs.require("threads", self.threads, length_configs.is_number(self.threads, int), "an int")
         try:
@@ -204,7 +207,7 @@ def checked(examples, numbered):
     for row, example in enumerate(examples):
         with reading.naming_row(row if numbered else None):
             if not isinstance(example, Mapping):
-                raise ValueError(f"{example!r:.100} is no dict with the keys question and context")
+                raise ValueError(f"{reprlib.repr(example)} is no dict with the keys question and context")
             if not {"question", "context"} <= example.keys():
                 raise KeyError("You need to provide a dictionary with keys {question:..., context:...}")
             reading.check_example(example)

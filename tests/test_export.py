@@ -277,7 +277,7 @@ def test_what_cannot_be_exported_is_named(tmp_path, monkeypatch, capsys, options
 
 @pytest.fixture(scope="module")
 def shipped():
-    return QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval(), load_tokenizer(ROOT)
+    return QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT, engine="torch").eval(), load_tokenizer(ROOT)
 
 
 @pytest.mark.parametrize("length_config", ["full", "fastest"])

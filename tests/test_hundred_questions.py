@@ -29,8 +29,8 @@ def recorded():
     return json.loads(RECORDED.read_text(encoding="utf-8"))
 
 
-def answer(questions, preset, floats):
-    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval()
+def answer(questions, preset, floats, engine="torch"):
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT, engine=engine).eval()
     qa = QuestionAnsweringPipeline(model=model.dequantize() if floats else model, tokenizer=load_tokenizer(ROOT))
     return answer_all(qa, questions, 8, preset, progress=False)[0]
 
@@ -40,9 +40,10 @@ def test_floats_answer_alike_with_every_version_and_processor(hundred_questions,
     assert answer(hundred_questions, preset, floats=True) == recorded[preset]["answers"]
 
 
+@pytest.mark.parametrize("engine", ["torch", "auto"])
 @pytest.mark.parametrize("preset", PRESETS)
-def test_int8_answers_are_as_good(hundred_questions, recorded, preset):
-    texts = answer(hundred_questions, preset, floats=False)
+def test_int8_answers_are_as_good(hundred_questions, recorded, preset, engine):
+    texts = answer(hundred_questions, preset, floats=False, engine=engine)
     assert score(hundred_questions, texts)["f1"] >= recorded[preset]["f1"] - LOST_F1
     assert sum(text != other for text, other in zip(texts, recorded[preset]["answers"])) <= MOST_OTHER
 

@@ -160,6 +160,11 @@ def test_what_is_missing_is_named(module, own, monkeypatch):
     other = shutil.move(graph, own / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"model_int8.onnx is missing: python -m recipe.export --model .*own"):
         module.Reader(own)
+    stored = (own / "config.json").read_text()
+    (own / "config.json").write_text(json.dumps(json.loads(stored) | {"int8_weights": False}))
+    with pytest.raises(FileNotFoundError, match="the weights are floats: python -m recipe.quantize stores them in int8"):
+        module.Reader(own)
+    (own / "config.json").write_text(stored)
     graph.write_bytes(b"no graph")
     with pytest.raises(ValueError, match="model_int8.onnx cannot be read"):
         module.Reader(own)

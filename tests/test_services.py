@@ -26,7 +26,7 @@ LENGTH_CONFIGS = ["full", "fastest", [40, 30, 20, 10, 8, 6], [0.9, 0.8, 0.5, 0.4
 def load(kind):
     """A pipeline around a model that nobody has called yet: the shipped one, or a small one of floats or int8."""
     if kind == "shipped":
-        model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT).eval()
+        model = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT, engine="torch").eval()
     else:
         presets = {"fastest": {"length_config": [0.5, 0.4, 0.3, 0.2, 0.2, 0.1]}}
         sizes = {"vocab_size": 30522, "num_hidden_layers": 6, "max_position_embeddings": 512}
