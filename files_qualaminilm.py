@@ -82,7 +82,7 @@ def stored_file(repository, name, **where):
     if os.path.isfile(repository):
         beside = Path(repository).parent / name
         return beside if beside.is_file() else None
-    from transformers.utils import cached_file  # which takes seconds, and who writes files has no use for it
+    from transformers.utils import cached_file  # slow to import, and of no use to who only writes files
 
     return cached_file(repository, name, _raise_exceptions_for_missing_entries=False, **where)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx
 
 from qualaminilm.graph_qualaminilm import GRAPH_FILE
+from qualaminilm.length_configs_qualaminilm import PRESETS_FILE
 from recipe import ROOT
 from recipe.results import whole_folder
 
@@ -24,7 +25,7 @@ PACKAGES = {
     # The build for browsers that are some years old.
     "pdfjs-dist": ("legacy/build", ("pdf.min.mjs", "pdf.worker.min.mjs")),
 }
-MODEL = ("config.json", "length_configs.json", "tokenizer.json", "tokenizer_config.json")
+MODEL = ("config.json", PRESETS_FILE, "tokenizer.json", "tokenizer_config.json")
 
 
 def without_default(graph):

@@ -15,6 +15,7 @@ from transformers import HfArgumentParser, Trainer, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import IntervalStrategy
 
+from qualaminilm.dropping_qualaminilm import round_up
 from qualaminilm.kernels_qualaminilm import cpu_multiplies_bfloat16
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe.data import load_config
@@ -78,7 +79,7 @@ class WindowCollator:
 
     def __call__(self, rows):
         longest = max(row["length"] for row in rows)
-        shape = len(rows), -(-longest // self.multiple_of) * self.multiple_of
+        shape = len(rows), round_up(longest, self.multiple_of)
         batch = {
             "input_ids": torch.full(shape, self.pad_token_id),
             "attention_mask": torch.zeros(shape, dtype=torch.long),
