@@ -75,7 +75,7 @@ export class QuestionAnswering {
         this.ort = ort;
         this.session = session;
         this.lengthConfigs = new LengthConfigs(config, presets);
-        this.lasting = new Reading(new Tokenizer(tokenizer), {
+        this.reading = new Reading(new Tokenizer(tokenizer), {
             maxSeqLen: Math.min(tokenizerConfig.model_max_length ?? Infinity, 384),
             positions: config.max_position_embeddings,
             noAnswerThreshold: config.no_answer_threshold,
@@ -112,15 +112,15 @@ export class QuestionAnswering {
         checkExample(example);
         const { question, context } = example;
         const lengths = this.lengthConfigs.tokenLengths(options.length_config);
-        if (this.last.context !== context) this.last = { context, tokens: this.lasting.tokens(context) };
-        const windows = this.lasting.windows(question, this.last.tokens, options);
+        if (this.last.context !== context) this.last = { context, tokens: this.reading.tokens(context) };
+        const windows = this.reading.windows(question, this.last.tokens, options);
         const logits = [];
         // One by one: of a single thread, batches ask no less time.
         for (const window of windows) {
             logits.push(await this.logits(window, lengths));
             options.progress?.(logits.length / windows.length);
         }
-        return this.lasting.best(context, windows, logits, options);
+        return this.reading.best(context, windows, logits, options);
     }
 
     /**
