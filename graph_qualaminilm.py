@@ -113,15 +113,14 @@ class Graph:
 def of_like_number(tokens):
     """Yields a batch's rows, which have so many real `tokens` each (an array), in lists to be run: the graph pads them
     to the longest of a run."""
+    numbers = np.maximum(tokens, 1).tolist()
     rows, real = [], 0
-    for row in np.argsort(-tokens, kind="stable").tolist():
-        number = max(1, int(tokens[row]))
-        padded = (len(rows) + 1) * max(1, int(tokens[rows[0]])) if rows else 0
-        if padded > min(AT_ONCE, (real + number) * (1 + MOST_PADDING)):
+    for row in sorted(range(len(numbers)), key=lambda row: -numbers[row]):
+        if rows and (len(rows) + 1) * numbers[rows[0]] > min(AT_ONCE, (real + numbers[row]) * (1 + MOST_PADDING)):
             yield rows
             rows, real = [], 0
         rows.append(row)
-        real += number
+        real += numbers[row]
     yield rows
 
 
