@@ -4,6 +4,7 @@ One set of weights learns to answer at any `length_config` (Length-Adaptive Tran
 section 3; QuaLA-MiniLM, arXiv:2210.17114, section 2). See recipe.training for what all trainings share.
 """
 
+import json
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,6 +40,9 @@ class AdaptArguments(SpanArguments):
         default_factory=list, metadata={"help": "Layers, from 0, that sub-models may drop tokens in; all by default."}
     )
     at_most: int = field(default=3, metadata={"help": "Layers that one sub-model drops tokens in."})
+    length_configs: list[str] = field(
+        default_factory=list, metadata={"help": "Sub-models, as JSON, to train each step instead of two drawn ones."}
+    )
     scorers_only: bool = field(
         default=False, metadata={"help": "Train the scorers of a model that stays as it is: a start for the rest."}
     )
@@ -111,8 +115,12 @@ class AdaptTrainer(SpanTrainer):
     def sub_models(self, config):
         """The step's sub-models of a model of this `config`, which follow from (seed, step): a length config each.
 
-        With the full model the sandwich rule (Yu and Huang, arXiv:1903.05134): a smallest one, and a random one.
+        With the full model the sandwich rule (Yu and Huang, arXiv:1903.05134): a smallest one, and a random one. Or
+        those that were asked for.
         """
+        if self.arguments.length_configs:
+            yield from map(json.loads, self.arguments.length_configs)
+            return
         rng = random.Random(f"{self.args.seed} {self.state.global_step}")
         for share in (LEAST_MACS, rng.uniform(LEAST_MACS, MOST_MACS)):
             yield draw_sub_model(rng, config, share, self.choosing(config), self.arguments.at_most)

@@ -74,8 +74,12 @@ class Candidates:
             self.on_subset.tell(trial.number, state=TrialState.FAIL)  # was being measured when the search was killed
 
     def next_trial(self):
-        """The next candidate. It follows from the seed, its place in its generation, and the generations before."""
-        generation_and_place = divmod(len(measured(self.on_subset)), self.settings["population"])
+        """The next candidate: one of the `first`, or what follows from the seed, its place in its generation, and the
+        generations before."""
+        done, first = len(measured(self.on_subset)), self.settings["first"]
+        if done < len(first) and not self.on_subset.get_trials(states=(TrialState.WAITING,)):
+            self.on_subset.enqueue_trial(drops_of(first[done], self.settings["choosing"]))
+        generation_and_place = divmod(done, self.settings["population"])
         seed = np.random.SeedSequence((self.settings["seed"], *generation_and_place)).generate_state(1)
         self.on_subset.sampler = NSGAIISampler(
             population_size=self.settings["population"],
@@ -95,6 +99,12 @@ def measured(study):
         {"f1": trial.values[0], "macs_share": trial.values[1]} | trial.user_attrs
         for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     ]
+
+
+def drops_of(length_config, choosing):
+    """The parameters that [`draw_length_config`] makes such a length config from."""
+    entering = [1.0, *length_config]
+    return {f"drop_{layer}": 1 - length_config[layer] / entering[layer] for layer in choosing}
 
 
 def draw_length_config(trial, layers, choosing, at_most):
@@ -261,6 +271,9 @@ def command_line():
     parser.add_argument("--choosing", type=int, nargs="+", help="layers, from 0, that may drop tokens (all)")
     parser.add_argument("--at_most", type=int, default=3, help="layers of them that drop in one preset (%(default)s)")
     parser.add_argument(
+        "--first", type=json.loads, nargs="+", default=[], metavar="JSON", help="length configs to try before others"
+    )
+    parser.add_argument(
         "--max_loss", type=float, default=5.0, help="F1 that candidates may lose, %% of full (%(default)s)"
     )
     parser.add_argument(
@@ -292,10 +305,16 @@ def main():
     arguments.choosing = arguments.choosing or list(range(len(full)))
     if not set(arguments.choosing) <= set(range(len(full))):
         raise ValueError(f"--choosing is {arguments.choosing}, expected layers of {len(full)}")
+    for length_config in arguments.first:
+        config.token_lengths(length_config)  # raises where it is none
+        drops = drops_of(length_config, arguments.choosing)
+        drawn = draw_length_config(optuna.trial.FixedTrial(drops), len(full), arguments.choosing, arguments.at_most)
+        if drawn != length_config or max(drops.values()) > MOST_DROP:
+            raise ValueError(f"--first is {length_config}, expected shares that --choosing and --at_most can give")
     questions = with_answers(validation_questions(arguments.windows))
     settings = {
         name: getattr(arguments, name)
-        for name in ("population", "subset", "max_loss", "batch_size", "seed", "choosing", "at_most")
+        for name in ("population", "subset", "max_loss", "batch_size", "seed", "choosing", "at_most", "first")
     }
     settings |= {
         "questions_sha256": hashlib.sha256(json.dumps(questions.to_list()).encode()).hexdigest(),

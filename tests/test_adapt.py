@@ -53,6 +53,14 @@ def test_of_a_model_that_cannot_drop_as_much_little_is_left():
         assert shares == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.05, 0.05])
 
 
+def test_sub_models_that_were_asked_for_are_the_only_ones():
+    shares = [1.0, 1.0, 0.5, 0.25, 0.1, 0.1]
+    assert list(trainer(length_configs=[str(shares), "[16, 8, 8, 4, 4, 2]"]).sub_models(QuaLAMiniLMConfig())) == [
+        shares,
+        [16, 8, 8, 4, 4, 2],
+    ]
+
+
 def test_sub_models_follow_from_the_seed_and_the_step():
     config = QuaLAMiniLMConfig()
     first = list(trainer(seed=1, step=7).sub_models(config))

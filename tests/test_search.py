@@ -75,10 +75,13 @@ def test_presets_are_the_best_that_their_shares_of_the_macs_pay_for():
         placed(*front[2:], candidate(70, 0.45))
 
 
+FIRST = [1.0, 0.42], [0.76, 0.33]
+
+
 def command(model, windows, folder):
     options = ["--model", model, "--windows", windows, "--output_dir", folder, "--seed", 3, "--survivors", 5]
     options += ["--candidates", 24, "--population", 6, "--subset", 6, "--max_loss", 100, "--max_preset_loss", 100]
-    options += ["--preset_shares", 0.7, 0.63, 0.6, 0.57]
+    options += ["--preset_shares", 0.7, 0.63, 0.6, 0.57, "--first", *FIRST]
     return [sys.executable, "-m", "recipe.search", *map(str, options)]
 
 
@@ -115,6 +118,7 @@ def test_a_search_killed_at_a_random_moment_ends_with_the_same_front(tmp_path, c
     first, second = (json.loads((folder / "search.json").read_text()) for folder in (whole, killed))
     for part in ("candidates", "survivors", "presets", "full_on_subset"):
         assert first[part] == second[part], f"killed after {moment} candidates"
+    assert [each["length_config"] for each in first["candidates"][:2]] == list(FIRST)
     assert len(first["candidates"]) == 24 and len(first["survivors"]) >= 5
 
     config = QuaLAMiniLMConfig.from_pretrained(killed)
@@ -125,8 +129,8 @@ def test_a_search_killed_at_a_random_moment_ends_with_the_same_front(tmp_path, c
     assert Image.open(killed / "pareto.png").size == (1200, 750)
 
 
-@pytest.mark.parametrize("place", [0, 1])
-def test_a_candidate_that_was_being_measured_comes_again(tmp_path, place):
+@pytest.mark.parametrize(("place", "first"), [(0, []), (1, []), (-6, [[1.0, 0.5, 0.2]]), (-5, [[1.0, 0.5, 0.2]] * 2)])
+def test_a_candidate_that_was_being_measured_comes_again(tmp_path, place, first):
     def ask(candidates):
         trial = candidates.next_trial()
         return trial, search.draw_length_config(trial, 3, [0, 1, 2], 2)
@@ -137,16 +141,16 @@ def test_a_candidate_that_was_being_measured_comes_again(tmp_path, place):
         trial.set_constraint("loss", -1.0)
         candidates.on_subset.tell(trial, [100 * sum(shares) % 7, sum(shares)])
 
-    settings = {"seed": 5, "population": 6}
+    settings = {"seed": 5, "population": 6, "choosing": [0, 1, 2], "first": first}
     whole, killed = (search.Candidates(tmp_path / name, settings) for name in ("whole", "killed"))
     for _ in range(6 + place):
         for candidates in (whole, killed):
             tell(candidates, *ask(candidates))
     ask(killed)
     resumed = search.Candidates(tmp_path / "killed", settings)
-    for _ in range(6):
+    for n in range(6 + place, 12 + place):
         (trial, expected), (other, found) = ask(whole), ask(resumed)
-        assert found == expected
+        assert found == expected and (n >= len(first) or found == first[n])
         tell(whole, trial, expected)
         tell(resumed, other, found)
 
@@ -157,3 +161,12 @@ def test_a_study_of_other_settings_is_refused(tmp_path):
     search.Candidates(path, {"seed": 1, "population": 6})
     with pytest.raises(ValueError, match="other settings: .*'seed': 1.*, not .*'seed': 2"):
         search.Candidates(path, {"seed": 2, "population": 6})
+
+
+@once
+@pytest.mark.parametrize("first", [[0.95, 0.95], [0.05, 0.05]])
+def test_first_candidates_are_ones_that_the_search_can_draw(tmp_path, city_windows, monkeypatch, first):
+    options = command(tiny_folder(tmp_path / "model"), city_windows, tmp_path / "searched")[2:-2]
+    monkeypatch.setattr(sys, "argv", [*options, str(first)])
+    with pytest.raises(ValueError, match="--first is .*, expected shares that --choosing and --at_most can give"):
+        search.main()
