@@ -4,7 +4,6 @@ One set of weights learns to answer at any `length_config` (Length-Adaptive Tran
 section 3; QuaLA-MiniLM, arXiv:2210.17114, section 2). See recipe.training for what all trainings share.
 """
 
-import json
 import random
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from itertools import takewhile
 import torch
 
 from recipe.data import base_model, load_tokenizer
+from recipe.presets import parse_length_config
 from recipe.training import (
     SpanArguments,
     SpanTrainer,
@@ -119,7 +119,7 @@ class AdaptTrainer(SpanTrainer):
         those that were asked for.
         """
         if self.arguments.length_configs:
-            yield from map(json.loads, self.arguments.length_configs)
+            yield from map(parse_length_config, self.arguments.length_configs)
             return
         rng = random.Random(f"{self.args.seed} {self.state.global_step}")
         for share in (LEAST_MACS, rng.uniform(LEAST_MACS, MOST_MACS)):
