@@ -10,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from recipe.results import whole_folder
@@ -38,21 +39,25 @@ def answers(teacher, rows, batch_size):
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask", "question_length")}
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=has_bf16()):
             outputs = teacher(**inputs)
-        log_probabilities = span_logits(outputs, inputs["attention_mask"]).log_softmax(-1).cpu()
-        lengths = batch["attention_mask"].sum(-1).tolist()
-        found += [kept(*each, length) for each, length in zip(log_probabilities, lengths)]
+        log_probabilities = span_logits(outputs, inputs["attention_mask"]).log_softmax(-1)
+        found += likeliest(log_probabilities, batch["attention_mask"].sum(-1).tolist())
     return [answer for _, answer in sorted(zip(order, found), key=lambda pair: pair[0])]
 
 
-def kept(starts, ends, length):
-    """What is kept of a window of `length` tokens: of its log-probabilities, float32 (sequence,) each, [CLS]'s and the
+def likeliest(log_probabilities, lengths):
+    """What is kept of windows of `lengths` tokens: of log-probabilities, float32 (batch, 2, sequence), [CLS]'s and the
     greatest others."""
-    columns = {}
-    for name, each in (("start", starts), ("end", ends)):
-        tokens = [0, *(each[1:length].topk(min(LIKELIEST, length - 1)).indices + 1).tolist()]
-        columns[f"{name}_tokens"] = tokens
-        columns[f"{name}_log_probabilities"] = each[tokens].half().numpy()
-    return columns
+    others, tokens = log_probabilities[..., 1:].topk(min(LIKELIEST, log_probabilities.shape[-1] - 1))
+    kept = torch.cat((log_probabilities[..., :1], others), -1).half().cpu().numpy()
+    tokens = F.pad(tokens + 1, (1, 0)).cpu().numpy()
+    return [
+        {
+            f"{name}_{kind}": part[i, which, : 1 + min(LIKELIEST, length - 1)]
+            for which, name in enumerate(("start", "end"))
+            for kind, part in (("tokens", tokens), ("log_probabilities", kept))
+        }
+        for i, length in enumerate(lengths)
+    ]
 
 
 def main():

@@ -170,3 +170,12 @@ def test_first_candidates_are_ones_that_the_search_can_draw(tmp_path, city_windo
     monkeypatch.setattr(sys, "argv", [*options, str(first)])
     with pytest.raises(ValueError, match="--first is .*, expected shares that --choosing and --at_most can give"):
         search.main()
+
+
+@once
+@pytest.mark.parametrize("first", ['{"max_macs": 0.5}', '"full"', "5"])
+def test_first_candidates_are_shares(tmp_path, city_windows, monkeypatch, first):
+    options = command(tiny_folder(tmp_path / "model"), city_windows, tmp_path / "searched")[2:-2]
+    monkeypatch.setattr(sys, "argv", [*options, first])
+    with pytest.raises(ValueError, match="length_config"):
+        search.main()

@@ -77,6 +77,7 @@ def test_answers_are_kept_by_their_likeliest_tokens_and_go_on_after_a_stop(
 ):
     monkeypatch.setattr(answers, "PART", 16)
     monkeypatch.setattr(answers, "LIKELIEST", 5)
+    monkeypatch.setattr(answers, "has_bf16", lambda: False)
     table = windows(read_questions(city_file), tokenizer, 64)
     table.save_to_disk(tmp_path / "windows" / "train")
     teacher = untrained_teacher(mpnet, tokenizer).eval()
