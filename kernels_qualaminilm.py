@@ -180,6 +180,8 @@ def bfloat16_attention(query, key, value, mask):
     Returns:
         bfloat16 `(batch, heads, queries, size)`.
     """
+    if not query.numel():
+        return query  # there is no least of nothing
     queries, size = query.shape[2:]
     keys = key.shape[2]
     # Copies: bmm is slow on heads that lie side by side, as they come.

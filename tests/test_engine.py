@@ -29,6 +29,11 @@ GRAPH = "onnx/model_int8.onnx"
 CONFIGS = ("full", [1.0, 0.5, 0.2], [12, 9, 3], "half", {"max_macs": 0.9})
 
 
+@pytest.fixture(autouse=True)
+def attention_as_in_the_graph(monkeypatch):
+    monkeypatch.setattr(quantization_qualaminilm, "attention_dtype", lambda *_: torch.float32)
+
+
 @pytest.fixture(scope="session")
 def folder(folder_with_graph):
     return folder_with_graph
@@ -112,8 +117,7 @@ def test_a_call_for_logits_is_the_graphs(folder, model, length_config):
     assert isinstance(found, tuple) and torch.equal(found[1], outputs.end_logits)
 
 
-def test_the_graph_computes_what_the_layers_do(model, twin, monkeypatch):
-    monkeypatch.setattr(quantization_qualaminilm, "attention_dtype", lambda *_: torch.float32)  # as in the graph
+def test_the_graph_computes_what_the_layers_do(model, twin):
     for length_config in ("full", [0.9, 0.6, 0.4]):
         inputs = batch(model.config, [31, 5, 18])
         found = [model(**inputs, length_config=length_config), twin(**inputs, length_config=length_config)]

@@ -273,6 +273,12 @@ def test_a_row_alone_equals_the_row_in_a_padded_batch(case, more_padding):
                 torch.testing.assert_close(batch[name][row, :n], alone[name][0], atol=1e-5, rtol=0)
 
 
+def test_bfloat16_attention_of_no_rows():
+    nothing = torch.ones(0, 3, 5, 8).bfloat16()
+    assert bfloat16_attention(nothing, nothing, nothing, None).shape == (0, 3, 5, 8)
+
+
+
 @pytest.mark.parametrize("significance", SIGNIFICANCES)
 def test_linear_layers_see_real_tokens_only(significance):
     model = tiny_model(significance=significance)

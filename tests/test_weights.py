@@ -157,7 +157,11 @@ def test_an_unknown_stage_is_no_stage(make, capsys):
     assert "--again third: the stages are first, second" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipe" / "stages").glob("*.toml")), ids=lambda path: path.stem)
+# All but the one that reads nothing but packages.
+READING = sorted(path for path in (ROOT / "recipe" / "stages").glob("*.toml") if path.stem != "2-mpnet")
+
+
+@pytest.mark.parametrize("path", READING, ids=lambda path: path.stem)
 def test_a_shipped_stage_has_options_that_its_command_knows(tmp_path, monkeypatch, path):
     """It goes past the command line, and then finds no weights and no windows."""
     for name in weights.tomllib.loads(path.read_text()).get("files", {}).get("data", ()):
