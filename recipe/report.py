@@ -126,8 +126,8 @@ CARD_ROWS = (
 
 # Which results file has the F1 of a row of the paper's table; of the other models there are no weights here.
 PAPER_F1 = {
-    "MiniLM": "test-finetuned",
-    "MiniLM, int8": "test-finetuned-int8",
+    "MiniLM": "test-minilm",
+    "MiniLM, int8": "test-minilm-int8",
     "LA-MiniLM": "test-attention-full",
     "LA-MiniLM (269, 253, 252, 202, 104, 34)": "test-attention-269",
     "QuaLA-MiniLM": "test-attention-int8-full",
