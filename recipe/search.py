@@ -306,8 +306,7 @@ def main():
     if not set(arguments.choosing) <= set(range(len(full))):
         raise ValueError(f"--choosing is {arguments.choosing}, expected layers of {len(full)}")
     for length_config in arguments.first:
-        # Raises where it is no share a layer; what is no list is none either.
-        config.token_lengths(length_config if isinstance(length_config, list) else [length_config])
+        config.token_lengths(length_config if isinstance(length_config, list) else [length_config])  # raises
         drops = drops_of(length_config, arguments.choosing)
         drawn = draw_length_config(optuna.trial.FixedTrial(drops), len(full), arguments.choosing, arguments.at_most)
         if drawn != length_config or max(drops.values()) > MOST_DROP:
