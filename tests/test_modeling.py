@@ -278,7 +278,6 @@ def test_bfloat16_attention_of_no_rows():
     assert bfloat16_attention(nothing, nothing, nothing, None).shape == (0, 3, 5, 8)
 
 
-
 @pytest.mark.parametrize("significance", SIGNIFICANCES)
 def test_linear_layers_see_real_tokens_only(significance):
     model = tiny_model(significance=significance)
