@@ -487,7 +487,7 @@ def test_a_processor_that_saturates_gets_the_exact_path():
 ANY_LENGTH = """
 import torch
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
-model = QuaLAMiniLMForQuestionAnswering.from_pretrained(".").eval()
+model = QuaLAMiniLMForQuestionAnswering.from_pretrained(".", engine="torch").eval()
 with torch.inference_mode():
     for tokens in range(40, 140):
         model(torch.full((1, tokens), 2000), length_config="fastest")
