@@ -47,6 +47,9 @@ class SpanArguments:
         metadata={"help": "Folder that recipe.answers wrote: a teacher's answers to follow, none if unset."},
     )
     teacher_weight: float = field(default=0.7, metadata={"help": "Share of the loss that follows the teacher."})
+    no_answer_by_label: bool = field(
+        default=False, metadata={"help": "Windows without an answer follow their label alone, not the teacher."}
+    )
     validation_windows: int = field(default=600, metadata={"help": "Windows drawn of validation to watch it on."})
 
 
@@ -123,13 +126,15 @@ class SpanTrainer(Trainer):
 
     def answer_loss(self, logits, targets, teacher_logits):
         """Cross-entropy of `logits` (batch, 2, sequence) to the targets and, with a teacher, to its answers."""
-        loss = cross_entropy(targets, logits)
+        losses = row_losses(targets, logits)
         if teacher_logits is not None:
             soft_targets = (teacher_logits / DISTILLATION_TEMPERATURE).softmax(-1)
-            distilled = cross_entropy(soft_targets, logits / DISTILLATION_TEMPERATURE) * DISTILLATION_TEMPERATURE**2
-            weight = self.arguments.teacher_weight
-            loss = (1 - weight) * loss + weight * distilled
-        return loss
+            distilled = row_losses(soft_targets, logits / DISTILLATION_TEMPERATURE) * DISTILLATION_TEMPERATURE**2
+            weight = torch.full_like(losses, self.arguments.teacher_weight)
+            if self.arguments.no_answer_by_label:
+                weight[targets[:, 0, 0] == 1] = 0
+            losses = (1 - weight) * losses + weight * distilled
+        return losses.mean()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval"):
         """The loss over the validation windows, and the F1 of the likeliest span, in tokens and percent."""
@@ -168,6 +173,11 @@ def span_logits(outputs, attention_mask):
 
 def cross_entropy(targets, logits):
     return -(targets * logits.log_softmax(-1)).sum(-1).mean()
+
+
+def row_losses(targets, logits):
+    """The mean cross-entropy of each row's start and end, (batch,), of two (batch, 2, sequence)."""
+    return -(targets * logits.log_softmax(-1)).sum(-1).mean(-1)
 
 
 def token_f1(logits, starts, ends, longest=30):
