@@ -13,6 +13,7 @@ from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from recipe import student
 from recipe.training import (
     EpochSampler,
+    SpanArguments,
     SpanTrainer,
     WindowCollator,
     bert_inputs,
@@ -110,10 +111,24 @@ def test_the_loss_by_hand():
     softened = (log_probabilities / 2).softmax(-1)
     soft = 4 * -(softened @ soft_log_p[0, [0, 1, 3]] + softened @ soft_log_p[1, [0, 2, 1]]) / 2
     for weight in (0.0, 0.3, 1.0):
-        trainer = SimpleNamespace(arguments=SimpleNamespace(teacher_weight=weight), inputs_of=dict)
+        trainer = SimpleNamespace(arguments=SpanArguments(windows="", teacher_weight=weight), inputs_of=dict)
         trainer.answer_loss = SpanTrainer.answer_loss.__get__(trainer)
         loss = SpanTrainer.compute_loss(trainer, model, dict(batch))
         assert loss.item() == pytest.approx(((1 - weight) * hard + weight * soft).item(), abs=1e-5)
+
+
+def test_windows_without_an_answer_may_follow_their_label_alone():
+    targets = torch.tensor([[[0.0, 1.0, 0.0], [0.0, 0.0, 1.0]], [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]])
+    teacher_logits = torch.tensor([[[0.2, 0.5, 0.3], [0.1, 0.1, 0.8]], [[0.6, 0.2, 0.2], [0.3, 0.3, 0.4]]]).log()
+    logits = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0))
+
+    def loss(rows, **fields):
+        trainer = SimpleNamespace(arguments=SpanArguments(windows="", **fields))
+        return SpanTrainer.answer_loss(trainer, logits[rows], targets[rows], teacher_logits[rows]).item()
+
+    answered, without = loss([0]), loss([1], teacher_weight=0.0)
+    assert loss([0, 1], no_answer_by_label=True) == pytest.approx((answered + without) / 2)
+    assert loss([0, 1]) == pytest.approx((answered + loss([1])) / 2) and loss([1]) != pytest.approx(without, rel=0.01)
 
 
 def test_batches_of_like_lengths_come_in_any_order_but_the_same_for_a_seed_and_epoch():
