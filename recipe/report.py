@@ -115,15 +115,13 @@ def presets_in_full(folder):
     return markdown_table([*header, "test F1, fp32", "EM", "lost", "test F1, int8", "EM", "lost"], rows)
 
 
-# The benchmark's row of a preset: by the engine that is used where ONNX Runtime is installed.
-OURS = "ours, ONNX Runtime, int8, {}"
 # What is shown of the benchmark in the card: as what, which row of it, and which preset's F1 it has.
 CARD_ROWS = (
     ("BERT-base in transformers", "BERT-base, transformers, fp32", None),
     ("MiniLM in transformers", "MiniLM, transformers, fp32", None),
     ("MiniLM in OpenVINO, int8", "MiniLM, OpenVINO, int8", None),
-    ('**this model, `"full"`**', OURS.format("full"), "full"),
-    ('**this model, `"fast"`**', OURS.format("fast"), "fast"),
+    ('**this model, `"full"`**', "ours, int8, full", "full"),
+    ('**this model, `"fast"`**', "ours, int8, fast", "fast"),
 )
 
 # Which results file has the F1 of a row of the paper's table; of the other models there are no weights here.
@@ -161,7 +159,7 @@ def paper_table(folder):
         scores = read_results(folder, f"test-int8-{name}")
         lengths = f" ({', '.join(map(str, preset['lengths_at_384']))})" if name != "full" else ""
         f1 = f"{scores['f1']:.2f}" if scores else "not measured"
-        row = ours.get(OURS.format(name))
+        row = ours.get(f"ours, int8, {name}")
         speed = speed_cells(row) if row else ["not measured", *[""] * 5]
         rows.append([f'**this model, `"{name}"`**{lengths}', f1, *speed])
     header = ["model (tokens a layer, of 384)", "F1", "MB", "10^9 MACs", "ms, batch 32", "speed-up, batch 32"]
@@ -190,19 +188,14 @@ def peers_table(folder):
     batches = benchmark["batch_sizes"]
     for name, measured in timed(benchmark, read_presets(folder)).items():
         cells = [name, f"{measured['size_mb']:.1f}"]
-        for key in [*(f"batch_{batch}" for batch in batches), "usual", "busy", "pipeline"]:
+        for key in [*(f"batch_{batch}" for batch in batches), "pipeline"]:
             cells.append(f"{measured[key + '_ms']:.1f} ({measured[key + '_speedup']:.1f}x)")
-        facts = ("seconds_to_first_answer", ".2f"), ("peak_resident_mb", ".0f"), ("f1", ".1f")
+        facts = ("batch_32_times_floor", ".1f"), ("seconds_to_first_answer", ".2f"), ("peak_resident_mb", ".0f")
         for key, form in facts:
             cells.append(format(measured[key], form) if key in measured else "")
         rows.append(cells)
-    header = ["what runs (speed-up)", "MB", *(f"ms, batch {batch}" for batch in batches)]
-    header += [
-        f"ms, batch 1 of {benchmark['usual_tokens']} tokens",
-        "ms, batch 1, cores busy",
-        "ms a question, pipeline",
-    ]
-    return markdown_table([*header, "s to first answer", "MB resident", f"F1, {benchmark['scored']} questions"], rows)
+    header = ["what runs (speed-up)", "MB", *(f"ms, batch {batch}" for batch in batches), "ms a question, pipeline"]
+    return markdown_table([*header, "times the floor, batch 32", "s to first answer", "MB resident"], rows)
 
 
 TABLES = {
@@ -255,9 +248,9 @@ def draw_f1_against_latency(folder, path):
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     scored = [(name, read_results(folder, f"test-int8-{name}")) for name in presets]
     points = [
-        (measured[OURS.format(name)]["batch_1_ms"], scores["f1"], name)
+        (measured[f"ours, int8, {name}"]["batch_1_ms"], scores["f1"], name)
         for name, scores in scored
-        if scores and OURS.format(name) in measured
+        if scores and f"ours, int8, {name}" in measured
     ]
     axes.plot(*zip(*((x, y) for x, y, _ in points)), "o-", color="tab:blue", label="this model, int8, its presets")
     for i, (x, y, name) in enumerate(points):  # neighbours may stand close: their names go to either side
@@ -265,10 +258,11 @@ def draw_f1_against_latency(folder, path):
         axes.annotate(name, (x, y), textcoords="offset points", va="center", color="tab:blue", **place)
     fastest = points[-1][0]
     peers = [name for name in measured if name.startswith(("BERT-base", "MiniLM"))]
-    for i, name in enumerate(peers, start=1):  # the presets have matplotlib's colour 0
+    for color, name in zip(("0.2", "tab:orange", "tab:green", "tab:red"), peers):
         x = measured[name]["batch_1_ms"]
-        label = f"{name}: {x:.1f} ms, {x / fastest:.1f} times the fastest preset"
-        axes.axvline(x, color=f"C{i}", linestyle="--", label=label)
+        axes.axvline(
+            x, color=color, linestyle="--", label=f"{name}: {x:.1f} ms, {x / fastest:.1f} times the fastest preset"
+        )
     axes.set(xscale="log", xlabel="milliseconds, 384 tokens, batch 1", ylabel="F1 on SQuAD v1.1's development set")
     axes.set_xticks([10, 20, 50, 100, 200, 500, 1000], minor=False)
     axes.xaxis.set_major_formatter("{x:.0f}")
