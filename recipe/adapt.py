@@ -17,6 +17,7 @@ from recipe.training import (
     SpanArguments,
     SpanTrainer,
     SpanTrainingArguments,
+    cross_entropies,
     cross_entropy,
     load_model,
     parse,
@@ -176,7 +177,7 @@ def following_loss(sub_model, answer, attention_mask):
     A row counts by how much of the answer it still held half-way up. From rows that have lost the answer there is
     nothing to learn, and what they would learn spoils the full model.
     """
-    loss = -(answer * span_logits(sub_model, attention_mask).log_softmax(-1)).sum(-1).mean(-1)
+    loss = cross_entropies(answer, span_logits(sub_model, attention_mask)).mean(-1)
     held = sub_model.kept_tokens[len(sub_model.kept_tokens) // 2 - 1]
     weight = (answer.mean(1).gather(1, held.clamp(min=0)) * (held >= 0)).sum(-1)
     return (weight * loss).mean()

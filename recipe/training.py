@@ -126,13 +126,13 @@ class SpanTrainer(Trainer):
 
     def answer_loss(self, logits, targets, teacher_logits):
         """Cross-entropy of `logits` (batch, 2, sequence) to the targets and, with a teacher, to its answers."""
-        losses = row_losses(targets, logits)
+        losses = cross_entropies(targets, logits)
         if teacher_logits is not None:
             soft_targets = (teacher_logits / DISTILLATION_TEMPERATURE).softmax(-1)
-            distilled = row_losses(soft_targets, logits / DISTILLATION_TEMPERATURE) * DISTILLATION_TEMPERATURE**2
+            distilled = cross_entropies(soft_targets, logits / DISTILLATION_TEMPERATURE) * DISTILLATION_TEMPERATURE**2
             weight = torch.full_like(losses, self.arguments.teacher_weight)
             if self.arguments.no_answer_by_label:
-                weight[targets[:, 0, 0] == 1] = 0
+                weight[targets[..., 0] == 1] = 0
             losses = (1 - weight) * losses + weight * distilled
         return losses.mean()
 
@@ -171,13 +171,13 @@ def span_logits(outputs, attention_mask):
     return logits.masked_fill(attention_mask[:, None] == 0, LOWEST)
 
 
+def cross_entropies(targets, logits):
+    """Those of the distributions `targets` to `logits`, over the last dimension: one fewer is returned."""
+    return -(targets * logits.log_softmax(-1)).sum(-1)
+
+
 def cross_entropy(targets, logits):
-    return -(targets * logits.log_softmax(-1)).sum(-1).mean()
-
-
-def row_losses(targets, logits):
-    """The mean cross-entropy of each row's start and end, (batch,), of two (batch, 2, sequence)."""
-    return -(targets * logits.log_softmax(-1)).sum(-1).mean(-1)
+    return cross_entropies(targets, logits).mean()
 
 
 def token_f1(logits, starts, ends, longest=30):
