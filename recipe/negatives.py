@@ -1,10 +1,10 @@
 """Questions that a text seems to answer and does not, found by a model that they fool: `python -m recipe.negatives
---model FOLDER --windows FOLDER --data FILE ... --output_dir DIR`.
+--model FOLDER --windows FOLDER --answers FOLDER --data FILE ... --long FILE ... --output_dir DIR`.
 
 Of questions that the training windows answer, two kinds are made: asked otherwise of their own paragraph (another name
 or number of it, the opposite of a word, a negation: three of the ways in which SQuAD v2.0's questions without an answer
-were written, Rajpurkar et al., arXiv:1806.03822), and put to the paragraph of their file that shares most of their rare
-words but holds no answer. Those that the model would have answered (the first kind: as before) are kept; a change
+were written, Rajpurkar et al., arXiv:1806.03822); and, of files of long texts, put to the one that shares most of their
+rare words but holds no answer. Those that the model would have answered (the first kind: as before) are kept; a change
 that left the answer right would mostly have led it to other words. Writes a folder of windows as recipe.windows does,
 the kept ones among a sample of the training windows with what the teacher answers on them.
 """
@@ -159,7 +159,8 @@ def main():
     parser.add_argument("--model", required=True, help="folder of the model to fool")
     parser.add_argument("--windows", type=Path, required=True, help="folder that recipe.windows wrote")
     parser.add_argument("--answers", required=True, help="folder that recipe.answers wrote: the teacher's answers")
-    parser.add_argument("--data", nargs="+", type=Path, required=True, help="files of those that were cut into windows")
+    parser.add_argument("--data", nargs="+", type=Path, required=True, help="files whose questions are asked otherwise")
+    parser.add_argument("--long", nargs="+", type=Path, required=True, help="files whose questions are put elsewhere")
     parser.add_argument("--most", type=int, default=6000, help="questions of each file to make others of (6000)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for the tables, which must not exist")
@@ -170,16 +171,16 @@ def main():
         if torch.cuda.is_available():
             model.to("cuda")
         trained, longest, found = set(rows["id"]), max(rows["length"]), []
-        for path in arguments.data:
+        kinds = [(changed, path) for path in arguments.data] + [(elsewhere, path) for path in arguments.long]
+        for kind, path in kinds:
             table = read_questions(path)
             answered = (i for i, row in enumerate(table) if row["answers"]["text"] and row["id"] in trained)
             table = table.select(list(answered)).shuffle(seed=arguments.seed)
             table = table.select(range(min(len(table), arguments.most)))
-            for kind in (changed, elsewhere):
-                candidates = windows(kind(table, arguments.seed), tokenizer, longest)
-                kept = candidates.select(fooling(model, candidates, tokenizer.pad_token_id))
-                print(f"{path.stem}, {kind.__name__}: the model answers {len(kept)} of {len(candidates)} windows")
-                found.append(kept.map(without_answer))
+            candidates = windows(kind(table, arguments.seed), tokenizer, longest)
+            kept = candidates.select(fooling(model, candidates, tokenizer.pad_token_id))
+            print(f"{path.stem}, {kind.__name__}: the model answers {len(kept)} of {len(candidates)} windows")
+            found.append(kept.map(without_answer))
         rows = datasets.concatenate_datasets([rows, datasets.load_from_disk(arguments.answers)], axis=1)
         found = datasets.concatenate_datasets(found).cast(rows.features)
         others = min(len(rows), round(len(found) * (1 - SHARE) / SHARE))

@@ -9,7 +9,6 @@ how many decimals (2, if not said). Everywhere else a number with a unit of what
 import argparse
 import difflib
 import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -251,36 +250,33 @@ def model_index(folder):
 
 
 def draw_f1_against_latency(folder, path):
-    """Plots test F1 against the latency of one row of 384 tokens: the int8 presets, and lines where the peers stand."""
-    presets = read_presets(folder)
-    measured = timed(read_results(folder, "benchmark"), presets)
+    """Plots test F1 against milliseconds a row of 384 tokens, in the largest batch: the presets, and where peers stand."""
+    presets, benchmark = read_presets(folder), read_results(folder, "benchmark")
+    batch, rows = benchmark["batch_sizes"][-1], timed(benchmark, presets)
+    milliseconds = {name: row[f"batch_{batch}_ms"] / batch for name, row in rows.items()}
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    scored = {name: read_results(folder, f"test-int8-{name}") for name in presets}
-    fastest = math.inf
-    for color, row, engine in (("C0", OURS, "in torch"), ("C1", OURS_IN_GRAPH, "in ONNX Runtime")):
-        points = [
-            (measured[row.format(name)]["batch_1_ms"], found["f1"], name)
-            for name, found in scored.items()
-            if found and row.format(name) in measured
-        ]
-        for x, y, name in points:
-            axes.plot(x, y, "o", color=color)
-            axes.annotate(
-                name, (x, y), textcoords="offset points", xytext=(-8, 0), ha="right", va="center", color=color
-            )
-            fastest = min(fastest, x)
-        label = f"this model, int8, its presets {engine}"
-        axes.plot([x for x, _, _ in points], [y for _, y, _ in points], color=color, label=label)
-    peers = [name for name in measured if name.startswith(("BERT-base", "MiniLM"))]
-    for i, name in enumerate(peers, start=2):  # the presets have matplotlib's first two colours
-        x = measured[name]["batch_1_ms"]
+    scored = [(name, read_results(folder, f"test-int8-{name}")) for name in presets]
+    points = [
+        (milliseconds[OURS.format(name)], scores["f1"], name)
+        for name, scores in scored
+        if scores and OURS.format(name) in milliseconds
+    ]
+    axes.plot(*zip(*((x, y) for x, y, _ in points)), "o-", color="tab:blue", label="this model, int8, its presets")
+    for i, (x, y, name) in enumerate(points):  # neighbours may stand close: their names go to either side
+        place = {"xytext": (-8, 0), "ha": "right"} if i % 2 else {"xytext": (8, 0)}
+        axes.annotate(name, (x, y), textcoords="offset points", va="center", color="tab:blue", **place)
+    fastest = points[-1][0]
+    peers = [name for name in milliseconds if name.startswith(("BERT-base", "MiniLM"))]
+    for i, name in enumerate(peers, start=1):  # the presets have matplotlib's colour 0
+        x = milliseconds[name]
         label = f"{name}: {x:.1f} ms, {x / fastest:.1f} times the fastest preset"
         axes.axvline(x, color=f"C{i}", linestyle="--", label=label)
-    axes.set(xscale="log", xlabel="milliseconds, 384 tokens, batch 1", ylabel="F1 on SQuAD v1.1's development set")
+    axes.set(xscale="log", ylabel="F1 on SQuAD v1.1's development set")
+    axes.set(xlabel=f"milliseconds a row of 384 tokens, in batches of {batch}")
     axes.set_xticks([10, 20, 50, 100, 200, 500, 1000], minor=False)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.xaxis.set_minor_formatter("")
-    axes.set_xlim(fastest / 1.3, max(row["batch_1_ms"] for row in measured.values()) * 1.3)
+    axes.set_xlim(fastest / 1.3, max(milliseconds.values()) * 1.3)
     axes.legend(loc="lower right", fontsize=8, title="lines: latency of peers, F1 not measured", title_fontsize=8)
     save_figure(figure, path, dpi=150)
     plt.close(figure)

@@ -104,7 +104,16 @@ def test_the_command_writes_windows_that_train(tmp_path, city_windows, city_file
     from recipe.answers import FEATURES
 
     datasets.Dataset.from_list([answer] * len(rows), features=FEATURES).save_to_disk(tmp_path / "answers")
-    options = ["--model", tiny_folder(tmp_path / "model"), "--windows", city_windows, "--data", city_file]
+    options = [
+        "--model",
+        tiny_folder(tmp_path / "model"),
+        "--windows",
+        city_windows,
+        "--data",
+        city_file,
+        "--long",
+        city_file,
+    ]
     options += ["--answers", tmp_path / "answers", "--output_dir", tmp_path / "out"]
     monkeypatch.setattr(sys, "argv", ["negatives", *map(str, options)])
     negatives.main()
