@@ -164,8 +164,9 @@ READING = sorted(path for path in (ROOT / "recipe" / "stages").glob("*.toml") if
 @pytest.mark.parametrize("path", READING, ids=lambda path: path.stem)
 def test_a_shipped_stage_has_options_that_its_command_knows(tmp_path, monkeypatch, path):
     """It goes past the command line, and then finds no weights and no windows."""
-    for name in weights.tomllib.loads(path.read_text()).get("files", {}).get("data", ()):
-        (tmp_path / name.replace("*", "x")).touch()
+    for names in weights.tomllib.loads(path.read_text()).get("files", {}).values():
+        for name in names:
+            (tmp_path / name.replace("*", "x")).touch()
     stage = weights.Stage(path, tmp_path, tmp_path / "output")
     monkeypatch.setattr(sys, "argv", stage.command()[2:])
     with pytest.raises((OSError, ValueError), match="output|no SQuAD|not SQuAD"):
