@@ -250,7 +250,7 @@ def model_index(folder):
 
 
 def draw_f1_against_latency(folder, path):
-    """Plots test F1 against milliseconds a row of 384 tokens in the largest batch: the presets, and where peers stand."""
+    """Plots test F1 against milliseconds a row of 384 tokens in the largest batch: presets, and where peers stand."""
     presets, benchmark = read_presets(folder), read_results(folder, "benchmark")
     batch, rows = benchmark["batch_sizes"][-1], timed(benchmark, presets)
     milliseconds = {name: row[f"batch_{batch}_ms"] / batch for name, row in rows.items()}
