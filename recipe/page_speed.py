@@ -108,6 +108,8 @@ def main():
     parser.add_argument("--turns", type=int, default=TURNS, help="times that each preset answers (%(default)s)")
     parser.add_argument("--output", default=str(ROOT / "results" / "page.json"), help="results file (%(default)s)")
     arguments = parser.parse_args()
+    if not (arguments.page / "index.html").exists():
+        parser.error(f"--page is {arguments.page}, where no page is: make page builds it")
     measured = measure(arguments.page, arguments.model, arguments.turns)
     graph = file_sha256(Path(arguments.model) / GRAPH_FILE)
     run = describe_run("recipe.page_speed", onnxruntime)

@@ -206,12 +206,51 @@ def peers_table(folder):
     return markdown_table([*header, "s to first answer", "MB resident", f"F1, {benchmark['scored']} questions"], rows)
 
 
+def engines_table(folder):
+    """How alike torch and ONNX Runtime answer, at each preset."""
+    presets = read_results(folder, "engines")["presets"]
+    rows = [
+        [f'`"{name}"`', f"{row['alike']:.1%}", f"{row['torch_f1']:.2f}", f"{row['onnxruntime_f1']:.2f}"]
+        for name, row in presets.items()
+    ]
+    return markdown_table(["`length_config`", "same answer", "F1, torch", "F1, ONNX Runtime"], rows)
+
+
+def long_texts_table(folder):
+    """What questions put to many pages take, beside transformers 4.57."""
+    found = read_results(folder, "long-texts")
+    stages = found["pages"]
+    rows = [
+        [
+            name,
+            *(f"{row[stage]['seconds']:.1f} s" for stage in stages),
+            f"{max(row[stage]['peak_resident_mb'] for stage in stages):.0f} MB",
+        ]
+        for name, row in found["rows"].items()
+    ]
+    asked = [f"{found['questions'][stage]} on {pages} pages" for stage, pages in stages.items()]
+    return markdown_table(["what answers; questions:", *asked, "memory"], rows)
+
+
+def page_table(folder):
+    """What a question takes in the page of `make page`."""
+    presets = read_results(folder, "page")["presets"]
+    rows = [
+        [f'`"{name}"`', f"{row['ms']:.0f}", f"{row['native_ms']:.0f}", f"{row['times_native']:.1f}"]
+        for name, row in presets.items()
+    ]
+    return markdown_table(["`length_config`", "ms in the page", "ms in `reader.py`, one thread", "ratio"], rows)
+
+
 TABLES = {
     "card": card_table,
     "presets": presets_table,
     "presets-in-full": presets_in_full,
     "paper": paper_table,
     "peers": peers_table,
+    "engines": engines_table,
+    "long-texts": long_texts_table,
+    "page": page_table,
 }
 
 

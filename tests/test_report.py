@@ -12,9 +12,12 @@ from recipe.report import (
     PLOT,
     card_table,
     documents,
+    engines_table,
+    long_texts_table,
     main,
     measured_figure,
     model_index,
+    page_table,
     paper_table,
     peers_table,
     presets_in_full,
@@ -149,6 +152,28 @@ def test_the_peers_by_hand(measured_folder):
     assert bert == f"| BERT-base, transformers, fp32 | 23.4 | {' | '.join(['100.0 (1.0x)'] * 5)} |  |  |  |"
     times = "5.0 (20.0x) | 4.0 (25.0x) | 1.5 (40.0x) | 30.0 (10.0x) | 2.0 (50.0x)"
     assert full == f"| {OURS.format('full')} | 23.4 | {times} |  | 346 | 78.2 |"
+
+
+def test_engines_long_texts_and_the_page_by_hand(tmp_path):
+    (tmp_path / "results").mkdir()
+    def stage(seconds, memory):
+        return {"seconds": seconds, "peak_resident_mb": memory}
+
+    write_results(
+        tmp_path,
+        engines={"presets": {"fast": {"alike": 0.968, "torch_f1": 80.777, "onnxruntime_f1": 80.5}}},
+        page={"presets": {"fast": {"ms": 121.6, "native_ms": 34.0, "times_native": 3.58}}},
+        long_texts={
+            "pages": {"one": 20, "more": 200},
+            "questions": {"one": 1, "more": 50},
+            "rows": {"ours": {"one": stage(0.76, 590.4), "more": stage(13.88, 648.6)}},
+        },
+    )
+    assert engines_table(tmp_path).splitlines()[2] == '| `"fast"` | 96.8% | 80.78 | 80.50 |'
+    assert page_table(tmp_path).splitlines()[2] == '| `"fast"` | 122 | 34 | 3.6 |'
+    header, _, row = long_texts_table(tmp_path).splitlines()
+    assert header == "| what answers; questions: | 1 on 20 pages | 50 on 200 pages | memory |"
+    assert row == "| ours | 0.8 s | 13.9 s | 649 MB |"
 
 
 def test_a_preset_that_changed_since_the_benchmark_is_not_measured(measured_folder):
