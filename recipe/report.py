@@ -206,14 +206,20 @@ def peers_table(folder):
     return markdown_table([*header, "s to first answer", "MB resident", f"F1, {benchmark['scored']} questions"], rows)
 
 
+def table_by_preset(presets, columns):
+    """One row a preset: `columns` maps a heading to the key of a preset's figure and its form."""
+    rows = [
+        [f'`"{name}"`', *(format(measured[key], form) for key, form in columns.values())]
+        for name, measured in presets.items()
+    ]
+    return markdown_table(["`length_config`", *columns], rows)
+
+
 def engines_table(folder):
     """How alike torch and ONNX Runtime answer, at each preset."""
-    presets = read_results(folder, "engines")["presets"]
-    rows = [
-        [f'`"{name}"`', f"{row['alike']:.1%}", f"{row['torch_f1']:.2f}", f"{row['onnxruntime_f1']:.2f}"]
-        for name, row in presets.items()
-    ]
-    return markdown_table(["`length_config`", "same answer", "F1, torch", "F1, ONNX Runtime"], rows)
+    columns = {"same answer": ("alike", ".1%"), "F1, torch": ("torch_f1", ".2f")}
+    columns["F1, ONNX Runtime"] = "onnxruntime_f1", ".2f"
+    return table_by_preset(read_results(folder, "engines")["presets"], columns)
 
 
 def long_texts_table(folder):
@@ -234,12 +240,9 @@ def long_texts_table(folder):
 
 def page_table(folder):
     """What a question takes in the page of `make page`."""
-    presets = read_results(folder, "page")["presets"]
-    rows = [
-        [f'`"{name}"`', f"{row['ms']:.0f}", f"{row['native_ms']:.0f}", f"{row['times_native']:.1f}"]
-        for name, row in presets.items()
-    ]
-    return markdown_table(["`length_config`", "ms in the page", "ms in `reader.py`, one thread", "ratio"], rows)
+    columns = {"ms in the page": ("ms", ".0f"), "ms in `reader.py`, one thread": ("native_ms", ".0f")}
+    columns["ratio"] = "times_native", ".1f"
+    return table_by_preset(read_results(folder, "page")["presets"], columns)
 
 
 TABLES = {

@@ -156,6 +156,7 @@ def test_the_peers_by_hand(measured_folder):
 
 def test_engines_long_texts_and_the_page_by_hand(tmp_path):
     (tmp_path / "results").mkdir()
+
     def stage(seconds, memory):
         return {"seconds": seconds, "peak_resident_mb": memory}
 
