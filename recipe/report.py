@@ -217,8 +217,11 @@ def table_by_preset(presets, columns):
 
 def engines_table(folder):
     """How alike torch and ONNX Runtime answer, at each preset."""
-    columns = {"same answer": ("alike", ".1%"), "F1, torch": ("torch_f1", ".2f")}
-    columns["F1, ONNX Runtime"] = "onnxruntime_f1", ".2f"
+    columns = {
+        "same answer": ("alike", ".1%"),
+        "F1, torch": ("torch_f1", ".2f"),
+        "F1, ONNX Runtime": ("onnxruntime_f1", ".2f"),
+    }
     return table_by_preset(read_results(folder, "engines")["presets"], columns)
 
 
@@ -240,8 +243,11 @@ def long_texts_table(folder):
 
 def page_table(folder):
     """What a question takes in the page of `make page`."""
-    columns = {"ms in the page": ("ms", ".0f"), "ms in `reader.py`, one thread": ("native_ms", ".0f")}
-    columns["ratio"] = "times_native", ".1f"
+    columns = {
+        "ms in the page": ("ms", ".0f"),
+        "ms in `reader.py`, one thread": ("native_ms", ".0f"),
+        "ratio": ("times_native", ".1f"),
+    }
     return table_by_preset(read_results(folder, "page")["presets"], columns)
 
 
@@ -313,8 +319,8 @@ def draw_f1_against_latency(folder, path):
         x = milliseconds[name]
         label = f"{name}: {x:.1f} ms, {x / fastest:.1f} times the fastest preset"
         axes.axvline(x, color=f"C{i}", linestyle="--", label=label)
-    axes.set(xscale="log", ylabel="F1 on SQuAD v1.1's development set")
-    axes.set(xlabel=f"milliseconds a row of 384 tokens, in batches of {batch}")
+    x_label = f"milliseconds a row of 384 tokens, in batches of {batch}"
+    axes.set(xscale="log", xlabel=x_label, ylabel="F1 on SQuAD v1.1's development set")
     axes.set_xticks([10, 20, 50, 100, 200, 500, 1000], minor=False)
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.xaxis.set_minor_formatter("")

@@ -24,30 +24,18 @@ pytestmark = [once, needs_node_packages]
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A folder with the shipped weights and their graph."""
-    if (ROOT / GRAPH_FILE).exists():
-        return ROOT
-    folder = tmp_path_factory.mktemp("shipped") / "model"
-    QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT, engine="torch").save_pretrained(folder)
-    load_tokenizer(ROOT).save_pretrained(folder)
-    export.export_beside_weights(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def built(model, tmp_path_factory):
+def built(tmp_path_factory):
     """The folder of the page."""
     folder = tmp_path_factory.mktemp("page") / "page"
-    write_page(folder, model)
+    write_page(folder, ROOT)
     return folder
 
 
 @pytest.fixture(scope="module")
-def qa(model):
+def qa():
     """Python with the same graph: `auto` may take long windows to torch, whose int8 rounds otherwise."""
-    in_graph = QuaLAMiniLMForQuestionAnswering.from_pretrained(model, engine="onnxruntime").eval()
-    return QuestionAnsweringPipeline(model=in_graph, tokenizer=load_tokenizer(model))
+    in_graph = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT, engine="onnxruntime").eval()
+    return QuestionAnsweringPipeline(model=in_graph, tokenizer=load_tokenizer(ROOT))
 
 
 def test_the_graph_has_no_default_and_node_feeds_it(built):
@@ -56,9 +44,9 @@ def test_the_graph_has_no_default_and_node_feeds_it(built):
     assert len(full[0]) == len(fastest[0]) and full != fastest
 
 
-def test_a_graph_with_a_default_is_refused(model, built, tmp_path):
+def test_a_graph_with_a_default_is_refused(built, tmp_path):
     folder = shutil.copytree(built / "model", tmp_path / "model")
-    shutil.copy(model / GRAPH_FILE, folder / "model.onnx")
+    shutil.copy(ROOT / GRAPH_FILE, folder / "model.onnx")
     (error,) = call([["answer", QUESTION, CONTEXT, {"length_config": "fast"}]], folder)
     assert isinstance(error, ValueError) and "no length_config" in str(error)
 
@@ -117,11 +105,11 @@ const [folder, ...asked] = process.argv.slice(1);
 """
 
 
-def test_transformers_js_answers(model, qa, tmp_path):
+def test_transformers_js_answers(qa, tmp_path):
     """As transformers.js does, without places and lower-cased; the score shows that token types arrive."""
     folder = tmp_path / "exported"
-    loaded = QuaLAMiniLMForQuestionAnswering.from_pretrained(model)
-    export.export(loaded, load_tokenizer(model), None, "transformers.js", folder)
+    loaded = QuaLAMiniLMForQuestionAnswering.from_pretrained(ROOT)
+    export.export(loaded, load_tokenizer(ROOT), None, "transformers.js", folder)
     done = subprocess.run(
         [NODE, "--input-type=commonjs", "-e", PIPELINE, folder, QUESTION, CONTEXT],
         cwd=BROWSER,
@@ -182,8 +170,8 @@ def test_an_answer_appears_in_the_text(page):
     expect(page.locator("#message")).to_be_empty()
 
 
-def test_the_speed_of_the_page_is_measured(built, model, tmp_path):
-    command = ["-m", "recipe.page_speed", "--page", built, "--model", model, "--turns", 1, "--output", tmp_path / "o"]
+def test_the_speed_of_the_page_is_measured(built, tmp_path):
+    command = ["-m", "recipe.page_speed", "--page", built, "--model", ROOT, "--turns", 1, "--output", tmp_path / "o"]
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, capture_output=True)
     measured = json.loads((tmp_path / "o").read_text())
     assert measured["seconds_to_first_answer"] > 0 and next(iter(measured["presets"])) == "full"
