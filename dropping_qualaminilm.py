@@ -116,16 +116,10 @@ class QuaLAMiniLMScorer(nn.Module):
 
 
 class Neighbourhood(nn.Conv1d):
-    """`nn.Conv1d` over the slots of (batch, slots, channels), in two dimensions, for which oneDNN has a
-    quicker way. It returns as many slots or more, as [`round_up`] asks."""
+    """`nn.Conv1d` over the slots of (batch, slots, channels): to as many slots or more, as [`round_up`] asks."""
 
     def forward(self, states):
-        channels_first = add_tokens(states).transpose(1, 2)
-        if self.groups <= 16:  # of so few channels, token by token, in bfloat16, oneDNN's kernel may never return
-            channels_first = channels_first.contiguous()
-        weight, padding = self.weight[:, :, None], (0, *self.padding)
-        around = F.conv2d(channels_first[:, :, None], weight, self.bias, padding=padding, groups=self.groups)
-        return around.squeeze(2).transpose(1, 2)
+        return super().forward(add_tokens(states).transpose(1, 2)).transpose(1, 2)
 
 
 def attend(query, key, value, alive, heads, fused, map_dropout=None):
@@ -282,16 +276,6 @@ def kept_positions(stage, alive, count, length):
         return positions
     ascending = positions.masked_fill(~alive.to(positions.device), length).sort(-1).values[:, :count]
     return ascending.masked_fill(ascending == length, -1)
-
-
-def join_kept(parts):
-    """The kept tokens of a batch from those of its parts, each layer's padded with -1 to the widest."""
-
-    def join(of_parts):
-        width = max(each.shape[1] for each in of_parts)
-        return torch.cat([F.pad(each, (0, width - each.shape[1]), value=-1) for each in of_parts])
-
-    return tuple(map(join, zip(*parts)))
 
 
 def real_tokens(attention_mask, shape):

@@ -18,8 +18,6 @@ from .dropping_qualaminilm import add_tokens, round_up
 logger = logging.get_logger(__name__)
 
 PAIR_LIMIT = 128
-# A batch of more takes longer than its parts do: what a layer makes of it does not stay in the cache.
-CACHED_TOKENS = 16 * 384
 # So many attention scores, of two bytes, at once: more leave the cache.
 CACHED_SCORES = 1 << 21
 # Between these a row's powers of 2 add up to something that bfloat16, which reaches from 2**-126 to 2**128, knows well.
@@ -141,20 +139,6 @@ class FloatKernel(Kernel):
         return scaled.round_().clamp_(0, 255).to(torch.uint8)  # as oneDNN rounds: of halves, to the even number
 
 
-def rows_at_once(tokens):
-    """How many rows of `tokens` (batch, sequence, ...) are best computed at once on a CPU; all, where autograd holds
-    them anyway."""
-    batch, length = tokens.shape[:2]
-    if tokens.device.type != "cpu" or torch.is_grad_enabled():
-        return batch
-    return max(1, CACHED_TOKENS // max(1, length))
-
-
-def split_rows(rows, *tensors):
-    """`tensors` (batch, ...), not all of them `None`, by `rows` rows: a list of tuples, each with `None` for `None`."""
-    return list(zip(*(itertools.repeat(None) if each is None else each.split(max(1, rows)) for each in tensors)))
-
-
 def over_rows(function, limit, query, key, *others):
     """`function` of `query` (batch, heads, queries, size), `key` (batch, heads, keys, size) and `others`, (batch, ...)
     or `None`, by so few rows at once that their products have at most `limit` numbers, if that can be."""
@@ -162,7 +146,8 @@ def over_rows(function, limit, query, key, *others):
     rows = max(1, limit // (heads * queries * key.shape[2]))
     if query.device.type != "cpu" or batch <= rows:
         return function(query, key, *others)
-    return torch.cat([function(*part) for part in split_rows(rows, query, key, *others)])
+    parts = (itertools.repeat(None) if each is None else each.split(rows) for each in (query, key, *others))
+    return torch.cat([function(*part) for part in zip(*parts)])
 
 
 def cached_attention(query, key, value, mask):

@@ -26,7 +26,6 @@ from .dropping_qualaminilm import (
     Stage,
     attend,
     has_gaps,
-    join_kept,
     kept_positions,
     on_tokens,
     pack,
@@ -36,7 +35,6 @@ from .dropping_qualaminilm import (
 from .engine_qualaminilm import ENGINES, find_engine
 from .files_qualaminilm import check_weights
 from .graph_qualaminilm import Graph  # noqa: F401  transformers 4.57 copies a local file's own imports alone
-from .kernels_qualaminilm import rows_at_once, split_rows
 from .quantization_qualaminilm import Int8Layer, Int8Model, QuantizedEmbedding
 
 
@@ -373,34 +371,24 @@ class QuaLAMiniLMModel(QuaLAMiniLMPreTrainedModel):
         real = real_tokens(attention_mask, (batch, length))
         # "eager" asks for maps computed step by step, as in transformers: on CPU the faster way to train.
         with_maps = output_attentions or self.config._attn_implementation == "eager"
-        rows = batch if with_maps or output_hidden_states else rows_at_once(tokens)
-        inputs = (
-            # One row may stand for all.
-            each if each is None else each.expand(batch, length, *each.shape[2:])
-            for each in (real, input_ids, token_type_ids, position_ids, inputs_embeds)
-        )
-        options = lengths, with_maps, output_hidden_states, output_kept_tokens
         # Inductor wants packed int8 weights to be constants of its graph, which they are not.
         is_uncompiled = self.config.int8_weights and torch.compiler.is_compiling()
         encode = self._encode_uncompiled if is_uncompiled else self._encode
-        restored, parts = encode(split_rows(rows, *inputs), length, read, options)
+        inputs = input_ids, token_type_ids, position_ids, inputs_embeds
+        options = real, lengths, with_maps, output_hidden_states, output_kept_tokens
+        stages, hidden_states, attentions, kept_tokens = encode(inputs, options)
+        restored = restore(stages, length, read)
         return QuaLAMiniLMModelOutput(
             last_hidden_state=restored if read is None else None,
             readout=None if read is None else restored,
-            hidden_states=parts[0][0],  # asked for, they are of the one part that there is
-            attentions=parts[0][1] if output_attentions else None,
-            kept_tokens=join_kept([kept_tokens for *_, kept_tokens in parts]) if output_kept_tokens else None,
+            hidden_states=hidden_states,
+            attentions=attentions if output_attentions else None,
+            kept_tokens=kept_tokens,
         )
 
-    def _encode(self, parts, length, read, options):
-        """What is restored of a batch in `parts`, and what else the encoder returns of each."""
-        restored, others = [], []
-        for real, *inputs in parts:
-            real = None if real is None or real.all() else real
-            stages, *other = self.encoder(self.embeddings(*inputs), real, *options)
-            restored.append(restore(stages, length, read))
-            others.append(other)
-        return torch.cat(restored), others
+    def _encode(self, inputs, options):
+        """The encoder's stages, and what else it returns, of the embeddings' `inputs`."""
+        return self.encoder(self.embeddings(*inputs), *options)
 
     @torch.compiler.disable
     def _encode_uncompiled(self, *args):

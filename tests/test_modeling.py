@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from transformers import BertConfig, BertForQuestionAnswering, RobertaConfig, RobertaForQuestionAnswering
 
 from conftest import right_padded, tiny_config
-from qualaminilm import kernels_qualaminilm
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.dropping_qualaminilm import choose
 from qualaminilm.kernels_qualaminilm import bfloat16_attention, over_rows
@@ -127,52 +126,27 @@ def test_training_drops_what_evaluation_does(case):
         assert torch.equal(evaluated, trained)
 
 
-@given(cases, st.integers(1, 30))
-@settings(max_examples=30, deadline=None)
-def test_a_batch_in_parts_is_the_whole_batch(case, tokens):
-    lengths, length_config = case.pop("lengths"), case.pop("length_config")
-    model = tiny_model(**case)
-    inputs = right_padded(model.config, [*lengths, max(lengths), 1], case["seed"])
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        whole = model(*inputs, length_config=length_config, output_kept_tokens=True)
-        patch.setattr(kernels_qualaminilm, "CACHED_TOKENS", tokens)
-        patch.setattr(kernels_qualaminilm, "CACHED_SCORES", 4 * tokens)
-        parts = model(*inputs, length_config=length_config, output_kept_tokens=True)
-        without = model(*inputs, length_config=length_config)
-    for name in ("start_logits", "end_logits"):
-        torch.testing.assert_close(parts[name], whole[name], atol=1e-5, rtol=1e-5)
-        assert torch.equal(without[name], parts[name])
-    for of_parts, of_whole in zip(parts.kept_tokens, whole.kept_tokens, strict=True):
-        assert torch.equal(of_parts, of_whole)
-    assert without.kept_tokens is None
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_a_batch_in_parts_takes_all_that_a_whole_one_takes(rows, monkeypatch):
-    """Position ids of one row for all or of each, token types, embeddings in the place of tokens."""
+def test_one_row_of_types_or_positions_stands_for_all():
+    """Position ids and token types of one row or of each, embeddings in the place of tokens."""
     model = tiny_model(type_vocab_size=2)
     input_ids, mask = right_padded(model.config, [9, 5, 7, 9, 2])
     generator = torch.Generator().manual_seed(0)
-    token_type_ids, position_ids = torch.randint(0, 2, (5, 9), generator=generator), torch.arange(9, 18)
+    types, positions = torch.randint(0, 2, (1, 9), generator=generator), torch.arange(9, 18)
     embeds = torch.randn(5, 9, model.config.hidden_size, generator=generator)
-    calls = [
-        {"input_ids": input_ids, "token_type_ids": token_type_ids, "position_ids": position_ids[None]},
-        {"input_ids": input_ids, "token_type_ids": token_type_ids[:1], "position_ids": position_ids},
-        {"inputs_embeds": embeds, "position_ids": position_ids + torch.arange(5)[:, None]},
-    ]
 
-    def logits(call):
+    def logits(**call):
         with torch.no_grad():
             return model(attention_mask=mask, length_config=[0.7, 0.7, 0.3], **call).start_logits
 
-    whole = [logits(call) for call in calls]
-    monkeypatch.setattr(kernels_qualaminilm, "CACHED_TOKENS", 9 * rows)
-    for call, expected in zip(calls, whole):
-        torch.testing.assert_close(logits(call), expected)
-    for call in calls:  # what was passed counts
-        assert not torch.allclose(logits(call), logits(call | {"position_ids": position_ids[None] - 9}))
-    with pytest.raises(RuntimeError):  # not the same three for each part
-        logits({"input_ids": input_ids, "token_type_ids": token_type_ids[:3]})
+    for tokens in ({"input_ids": input_ids}, {"inputs_embeds": embeds}):
+        of_each = logits(**tokens, token_type_ids=types.expand(5, 9), position_ids=positions.expand(5, 9))
+        for of_all in (positions, positions[None]):
+            torch.testing.assert_close(logits(**tokens, token_type_ids=types, position_ids=of_all), of_each)
+        # What was passed counts.
+        assert not torch.allclose(logits(**tokens, token_type_ids=types, position_ids=positions - 9), of_each)
+        assert not torch.allclose(logits(**tokens, token_type_ids=1 - types, position_ids=positions), of_each)
+    with pytest.raises(RuntimeError):
+        logits(input_ids=input_ids, token_type_ids=types.expand(3, 9))
 
 
 @pytest.mark.parametrize("size", [1.0, 1e4])
