@@ -16,6 +16,7 @@ import json
 import random
 from functools import partial
 from pathlib import Path
+from statistics import NormalDist
 from typing import NamedTuple
 
 import datasets
@@ -41,6 +42,7 @@ NEAR_MISSES = ("written-wiki", "written-documents")  # whose unanswerable questi
 DOCUMENTS = "written-documents"  # what is put among others, where it is there
 KINDS = ("answered", "near-miss", "off-topic")
 MOST_LOST = 0.05  # of right answers, which the threshold may turn into ""
+SURE = 0.95  # that no more are lost of questions that did not settle it
 RIGHT = 50  # percent of F1, from which an answer is right
 SIZES = (2, 5, 8, 23)  # windows
 BINS = 15
@@ -195,14 +197,20 @@ def is_right(asked, texts):
 
 
 def threshold_of(evidence):
-    """The largest threshold, to two decimals, below which at most `MOST_LOST` of these are, those of right answers.
+    """The largest threshold, to two decimals, of which these, the evidence of right answers, make `SURE` that it loses
+    at most `MOST_LOST` of all such.
+
+    By the score test (Wilson, 1927): so few lie below it that, were `MOST_LOST` of all lost, as few would be seen in
+    one sample of twenty at most. Where there are so few that none may be lost, none is.
 
     Raises:
         ValueError: there are none.
     """
     if not len(evidence):
         raise ValueError("no question is answered right, which a threshold is chosen by")
-    return float(np.floor(np.sort(evidence)[int(MOST_LOST * len(evidence))] * 100) / 100)
+    expected = MOST_LOST * len(evidence)
+    lost = expected - NormalDist().inv_cdf(SURE) * np.sqrt(expected * (1 - MOST_LOST))
+    return float(np.floor(np.sort(evidence)[max(0, int(lost))] * 100) / 100)
 
 
 def balanced_threshold_of(evidence, f1, answered):
@@ -358,7 +366,9 @@ def command_line():
     parser.add_argument("--model", default=str(ROOT), help="folder of the model (the shipped one)")
     parser.add_argument("--windows", type=Path, required=True, help="folder that recipe.windows wrote")
     parser.add_argument("--logits", type=Path, required=True, help="folder to keep logits in")
-    parser.add_argument("--questions", type=int, default=2000, help="with an answer; half as many off topic (2000)")
+    parser.add_argument(
+        "--questions", type=int, default=4000, help="with an answer; half as many off topic (%(default)s)"
+    )
     parser.add_argument("--among", type=int, default=150, help="questions put to documents among others (150)")
     parser.add_argument(
         "--length_configs", nargs="+", default=["full", "fast"], help="presets; the first settles (full fast)"

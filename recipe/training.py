@@ -47,6 +47,11 @@ class SpanArguments:
         metadata={"help": "Folder that recipe.answers wrote: a teacher's answers to follow, none if unset."},
     )
     teacher_weight: float = field(default=0.7, metadata={"help": "Share of the loss that follows the teacher."})
+    labelled: str = field(
+        default=None,
+        metadata={"help": "Folder of recipe.windows with others to train on as well, by their labels alone."},
+    )
+    labelled_share: float = field(default=0.25, metadata={"help": "Share of the windows that are of those."})
     no_answer_by_label: bool = field(
         default=False, metadata={"help": "Windows without an answer follow their label alone, not the teacher."}
     )
@@ -73,8 +78,9 @@ class WindowCollator:
     """Pads windows on the right.
 
     Returns a batch with input_ids, attention_mask (int64, (batch, sequence)), question_length (int64, (batch,)),
-    targets (float32, (batch, 2, sequence): every annotator's start and end, each sums to 1) and, of windows that a
-    teacher answered, teacher_logits (float32, (batch, 2, sequence)): its log-probabilities.
+    targets (float32, (batch, 2, sequence): every annotator's start and end, each sums to 1) and, with a teacher's
+    answers, teacher_logits (float32, (batch, 2, sequence)): its log-probabilities, `LOWEST` throughout a window that it
+    did not answer.
     """
 
     def __init__(self, pad_token_id, multiple_of=1):
@@ -98,6 +104,8 @@ class WindowCollator:
         if "start_tokens" in rows[0]:
             batch["teacher_logits"] = torch.full_like(batch["targets"], LOWEST)
             for i, row in enumerate(rows):
+                if row["start_tokens"] is None:
+                    continue
                 for which, name in enumerate(("start", "end")):
                     tokens = torch.tensor(row[f"{name}_tokens"], dtype=torch.long)
                     batch["teacher_logits"][i, which, tokens] = torch.tensor(row[f"{name}_log_probabilities"])
@@ -130,7 +138,7 @@ class SpanTrainer(Trainer):
         if teacher_logits is not None:
             soft_targets = (teacher_logits / DISTILLATION_TEMPERATURE).softmax(-1)
             distilled = cross_entropies(soft_targets, logits / DISTILLATION_TEMPERATURE) * DISTILLATION_TEMPERATURE**2
-            weight = torch.full_like(losses, self.arguments.teacher_weight)
+            weight = self.arguments.teacher_weight * (teacher_logits > LOWEST).any(-1).to(losses.dtype)
             if self.arguments.no_answer_by_label:
                 weight[targets[..., 0] == 1] = 0
             losses = (1 - weight) * losses + weight * distilled
@@ -261,6 +269,13 @@ def parse(*kinds, options=None):
     return *arguments, training
 
 
+def with_labelled(rows, labelled, share):
+    """`rows` and after them those of `labelled`, over and over, until they are a `share` of all; the columns that these
+    lack are `None` there."""
+    wanted = round(share / (1 - share) * len(rows))
+    return datasets.concatenate_datasets([rows, labelled.select([i % len(labelled) for i in range(wanted)])])
+
+
 def train(trainer_class, model, tokenizer, arguments, training):
     """Trains `model` on the windows that `arguments` name, from the last checkpoint in the output folder if there is
     one, and saves it there.
@@ -273,6 +288,8 @@ def train(trainer_class, model, tokenizer, arguments, training):
     rows = datasets.load_from_disk(Path(arguments.windows) / TRAIN)
     if arguments.answers:
         rows = datasets.concatenate_datasets([rows, datasets.load_from_disk(arguments.answers)], axis=1)
+    if arguments.labelled:
+        rows = with_labelled(rows, datasets.load_from_disk(Path(arguments.labelled) / TRAIN), arguments.labelled_share)
     held_out = validation_questions(arguments.windows)
     held_out = held_out.shuffle(seed=0).select(range(min(len(held_out), arguments.validation_windows)))
     held_out = windows(held_out, tokenizer, max(rows["length"])).sort("length") if len(held_out) else None

@@ -22,7 +22,7 @@ from recipe import ROOT
 from recipe.results import write_json
 
 LONG = 1.0  # hours of work that are not discarded unasked
-KEYS = {"module", "hours", "resumes", "stages", "files", "models", "packages", "settings"}
+KEYS = {"module", "hours", "resumes", "stages", "files", "repository", "models", "packages", "settings"}
 
 
 class Stage:
@@ -36,6 +36,7 @@ class Stage:
             - resumes: whether the command goes on from what stands in its output folder;
             - stages, files: tables of the command's options, whose values are a stage before it, and files in the
               folder of the data, or patterns of some;
+            - repository: as files, of this repository, relative to its root;
             - models: a table of its options that are folders of finished models, relative to the repository's root;
             - packages: installed ones that it reads;
             - settings: a table of its other options.
@@ -55,11 +56,11 @@ class Stage:
         self.stages, self.packages = described.get("stages", {}), described.get("packages", [])
         self.models, self.settings = described.get("models", {}), described.get("settings", {})
         self.files = {}
-        for option, patterns in described.get("files", {}).items():
-            for pattern in patterns:
-                found = sorted(data.glob(pattern))
+        for folder, options in ((data, described.get("files", {})), (ROOT, described.get("repository", {}))):
+            for option, pattern in ((option, each) for option, patterns in options.items() for each in patterns):
+                found = sorted(folder.glob(pattern))
                 if not found:
-                    raise ValueError(f"{path}: {option} is {pattern!r}, and no such file is in {data}")
+                    raise ValueError(f"{path}: {option} is {pattern!r}, and no such file is in {folder}")
                 self.files.setdefault(option, []).extend(found)
         self.folder, self.record = output / self.name, output / f"{self.name}.json"
         known = json.loads(self.record.read_text()) if self.record.exists() else {}

@@ -1,5 +1,6 @@
 import json
 import sys
+from collections import Counter
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from recipe.training import (
     last_checkpoint,
     load_model,
     token_f1,
+    with_labelled,
 )
 
 pytestmark = trains
@@ -129,6 +131,36 @@ def test_windows_without_an_answer_may_follow_their_label_alone():
     answered, without = loss([0]), loss([1], teacher_weight=0.0)
     assert loss([0, 1], no_answer_by_label=True) == pytest.approx((answered + without) / 2)
     assert loss([0, 1]) == pytest.approx((answered + loss([1])) / 2) and loss([1]) != pytest.approx(without, rel=0.01)
+
+
+def test_windows_that_no_teacher_answered_follow_their_labels():
+    row = {"input_ids": [101, 7, 8, 102], "question_length": 1, "length": 4, "starts": [1], "ends": [2]}
+    thought = {"start_tokens": [0, 1], "end_tokens": [0, 2]}
+    thought |= {f"{name}_log_probabilities": [-0.7, -0.7] for name in ("start", "end")}
+    batch = WindowCollator(0)([row | thought, row | dict.fromkeys(thought)])
+    logits = torch.randn(2, 2, 4, generator=torch.Generator().manual_seed(0))
+
+    def loss(rows, **fields):
+        trainer = SimpleNamespace(arguments=SpanArguments(windows="", **fields))
+        targets, teacher_logits = batch["targets"][rows], batch["teacher_logits"][rows]
+        return SpanTrainer.answer_loss(trainer, logits[rows], targets, teacher_logits).item()
+
+    assert loss([1]) == pytest.approx(loss([1], teacher_weight=0.0))
+    assert loss([0, 1]) == pytest.approx((loss([0]) + loss([1], teacher_weight=0.0)) / 2)
+    assert loss([0]) != pytest.approx(loss([0], teacher_weight=0.0), rel=0.01)
+
+
+def test_labelled_windows_are_their_share_of_all(city_windows):
+    rows = datasets.load_from_disk(city_windows / "train")
+    answered = rows.add_column("start_tokens", [[0, 1]] * len(rows))
+    labelled = rows.select(range(3)).map(lambda row: {"id": f"labelled {row['id']}"})
+    both = with_labelled(answered, labelled, 0.4)
+    of_labelled = both["id"][len(rows) :]
+    assert both["id"][: len(rows)] == rows["id"][:] and len(of_labelled) == pytest.approx(0.4 * len(both), abs=1)
+    counts = Counter(of_labelled)
+    assert counts.keys() == set(labelled["id"]) and max(counts.values()) - min(counts.values()) <= 1
+    assert both[0]["start_tokens"] == [0, 1] and both[len(both) - 1]["start_tokens"] is None
+    assert both[len(rows)]["input_ids"] == labelled[0]["input_ids"]
 
 
 def test_batches_of_like_lengths_come_in_any_order_but_the_same_for_a_seed_and_epoch():

@@ -151,6 +151,26 @@ def test_a_stage_that_cannot_be_is_named(make, tmp_path, name, text, message):
         make()
 
 
+def test_a_stage_reads_files_of_the_repository_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "ROOT", tmp_path / "root")
+    for name in ("root/written/b.txt", "data/a.txt", "data/written/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    path = tmp_path / "1-first.toml"
+    path.write_text(FIRST + '[repository]\ndata = ["written/b.txt"]\n')
+
+    def first():
+        return weights.Stage(path, tmp_path / "data", tmp_path / "output")
+
+    assert first().files == {"data": [tmp_path / "data" / "a.txt", tmp_path / "root" / "written" / "b.txt"]}
+    before = first().made_from({})
+    (tmp_path / "root" / "written" / "b.txt").write_text("another")
+    assert first().made_from({}) != before
+    (tmp_path / "root" / "written" / "b.txt").unlink()
+    with pytest.raises(ValueError, match=r"written/b.txt', and no such file is in .*root"):
+        first()
+
+
 def test_an_unknown_stage_is_no_stage(make, capsys):
     with pytest.raises(SystemExit):
         make("--again", "third")
@@ -164,8 +184,11 @@ READING = sorted(path for path in (ROOT / "recipe" / "stages").glob("*.toml") if
 @pytest.mark.parametrize("path", READING, ids=lambda path: path.stem)
 def test_a_shipped_stage_has_options_that_its_command_knows(tmp_path, monkeypatch, path):
     """It goes past the command line, and then finds no weights and no windows."""
-    for names in weights.tomllib.loads(path.read_text()).get("files", {}).values():
+    monkeypatch.setattr(weights, "ROOT", tmp_path)
+    described = weights.tomllib.loads(path.read_text())
+    for names in (*described.get("files", {}).values(), *described.get("repository", {}).values()):
         for name in names:
+            (tmp_path / name.replace("*", "x")).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name.replace("*", "x")).touch()
     stage = weights.Stage(path, tmp_path, tmp_path / "output")
     monkeypatch.setattr(sys, "argv", stage.command()[2:])
