@@ -1,13 +1,14 @@
 import json
 import sys
+from collections import Counter
 from importlib import import_module
 
 import pytest
 from datasets import Dataset
 
-from conftest import DATA, squad_file
+from conftest import DATA, ROOT, squad_file
 from recipe import test_sets
-from recipe.data import cap_questions_per_paragraph, load_tokenizer, read_questions, with_answers
+from recipe.data import cap_questions_per_paragraph, in_validation, load_tokenizer, read_questions, with_answers
 
 
 def test_read_questions_keeps_every_field(tmp_path):
@@ -171,3 +172,27 @@ def test_every_command_that_trains_or_chooses_refuses_a_test_set(tmp_path, city_
     with pytest.raises(ValueError, match="cities.json is a test set"):
         module.main()
     assert not out.exists()
+
+
+WRITTEN = sorted((ROOT / "recipe" / "written").glob("*.json"))
+
+
+def test_there_are_written_questions():
+    assert WRITTEN
+
+
+@pytest.mark.parametrize("path", WRITTEN, ids=lambda path: path.stem)
+def test_written_questions_are_squad_s_form_and_stand_where_they_say(path):
+    paragraphs = [each for article in json.loads(path.read_text())["data"] for each in article["paragraphs"]]
+    assert len({each["context"] for each in paragraphs}) == len(paragraphs)
+    ids, kinds = set(), Counter()
+    for paragraph in paragraphs:
+        for qa in paragraph["qas"]:
+            ids.add(qa["id"])
+            kinds[qa["is_impossible"]] += 1
+            assert qa["is_impossible"] == (not qa["answers"]) == ("plausible_answers" in qa)
+            for answer in (*qa["answers"], *qa.get("plausible_answers", [])):
+                start = answer["answer_start"]
+                assert answer["text"] and paragraph["context"][start : start + len(answer["text"])] == answer["text"]
+    assert len(ids) == kinds.total() == len(read_questions(path)) and min(kinds.values()) > 100
+    assert not any(in_validation(article["title"]) for article in json.loads(path.read_text())["data"])
