@@ -16,7 +16,6 @@ import json
 import random
 from functools import partial
 from pathlib import Path
-from statistics import NormalDist
 from typing import NamedTuple
 
 import datasets
@@ -42,7 +41,8 @@ NEAR_MISSES = ("written-wiki", "written-documents")  # whose unanswerable questi
 DOCUMENTS = "written-documents"  # what is put among others, where it is there
 KINDS = ("answered", "near-miss", "off-topic")
 MOST_LOST = 0.05  # of right answers, which the threshold may turn into ""
-SURE = 0.95  # that no more are lost of questions that did not settle it
+SURE = 0.95  # that no more are lost on articles that did not settle it
+SAMPLES = 1000
 RIGHT = 50  # percent of F1, from which an answer is right
 SIZES = (2, 5, 8, 23)  # windows
 BINS = 15
@@ -80,6 +80,7 @@ class Asked(NamedTuple):
         fits (`bool`): whether it is of the half that settles threshold and calibration.
         question, context (`str`); answers (`dict`): as in SQuAD.
         place (`tuple`): the characters of `context` that are the question's document.
+        article (`str`): what the question is split by, see [`groups`].
     """
 
     kind: str
@@ -88,6 +89,7 @@ class Asked(NamedTuple):
     context: str
     answers: dict
     place: tuple
+    article: str
 
 
 def ask(tables, count, seed):
@@ -98,9 +100,9 @@ def ask(tables, count, seed):
         ValueError: one of the halves has no question with an answer, or none without.
     """
     rows = [
-        row | {"table": name, "fits": fits}
+        row | {"table": name, "fits": fits, "article": article}
         for name, table in tables.items()
-        for row, fits in zip(table, in_fitting_half(table), strict=True)
+        for row, fits, article in zip(table, in_fitting_half(table), groups(table), strict=True)
     ]
     draw = random.Random(seed)
     draw.shuffle(rows)
@@ -124,7 +126,7 @@ def ask(tables, count, seed):
 
 def as_asked(kind, row):
     place = 0, len(row["context"])
-    return Asked(kind, row["fits"], row["question"], row["context"], row["answers"], place)
+    return Asked(kind, row["fits"], row["question"], row["context"], row["answers"], place, row["article"])
 
 
 def in_fitting_half(table):
@@ -151,7 +153,7 @@ def among_others(table, count, most_windows, pipeline, seed):
         start = sum(len(text) + 2 for text in before)
         context = "\n\n".join([*before, row["context"], *after])
         place = start, start + len(row["context"])
-        asked.append(Asked("answered", False, row["question"], context, row["answers"], place))
+        asked.append(Asked("answered", False, row["question"], context, row["answers"], place, row["title"]))
     return asked
 
 
@@ -196,21 +198,27 @@ def is_right(asked, texts):
     return f1_of(asked, texts) >= RIGHT
 
 
-def threshold_of(evidence):
-    """The largest threshold, to two decimals, of which these, the evidence of right answers, make `SURE` that it loses
-    at most `MOST_LOST` of all such.
+def threshold_of(evidence, articles, seed=0):
+    """The largest threshold, to two decimals, that is `SURE` to lose at most `MOST_LOST` of right answers, so far as
+    these tell: of so many samples of as many articles, drawn with replacement (Efron, 1979), it loses no more.
 
-    By the score test (Wilson, 1927): so few lie below it that, were `MOST_LOST` of all lost, as few would be seen in
-    one sample of twenty at most. Where there are so few that none may be lost, none is.
+    Args:
+        evidence (`(questions,)`): of right answers.
+        articles (a sequence of `str`): which each is about; what one article's questions have in common is no news.
 
     Raises:
         ValueError: there are none.
     """
     if not len(evidence):
         raise ValueError("no question is answered right, which a threshold is chosen by")
-    expected = MOST_LOST * len(evidence)
-    lost = expected - NormalDist().inv_cdf(SURE) * np.sqrt(expected * (1 - MOST_LOST))
-    return float(np.floor(np.sort(evidence)[max(0, int(lost))] * 100) / 100)
+    draw, order = np.random.default_rng(seed), np.argsort(evidence)
+    names, article = np.unique(articles, return_inverse=True)
+    thresholds = []
+    for _ in range(SAMPLES):
+        times = np.bincount(draw.integers(len(names), size=len(names)), minlength=len(names))[article[order]]
+        below = times.cumsum()
+        thresholds.append(evidence[order][np.searchsorted(below, MOST_LOST * below[-1], side="right")])
+    return float(np.floor(np.quantile(thresholds, 1 - SURE, method="lower") * 100) / 100)
 
 
 def balanced_threshold_of(evidence, f1, answered):
@@ -287,7 +295,9 @@ def fitted(pipeline, asked, logits):
     f1, evidence, answered = f1_of(asked, texts), np.array(evidence), kinds == "answered"
     right, of_v2 = answered & (f1 >= RIGHT), fits & (kinds != "off-topic")
     own = {
-        "no_answer_threshold": threshold_of(evidence[fits & right]),
+        "no_answer_threshold": threshold_of(
+            evidence[fits & right], [each.article for each, of_fit in zip(asked, fits & right) if of_fit]
+        ),
         "answerable_calibration": calibration_of(evidence[fits], answered[fits]),
     }
     balanced = balanced_threshold_of(evidence[of_v2], f1[of_v2], answered[of_v2])

@@ -133,7 +133,7 @@ class SpanTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def answer_loss(self, logits, targets, teacher_logits):
-        """Cross-entropy of `logits` (batch, 2, sequence) to the targets and, with a teacher, to its answers."""
+        """Cross-entropy of `logits` (batch, 2, sequence) to the targets and, where a teacher answered, its answers."""
         losses = cross_entropies(targets, logits)
         if teacher_logits is not None:
             soft_targets = (teacher_logits / DISTILLATION_TEMPERATURE).softmax(-1)
@@ -271,7 +271,13 @@ def parse(*kinds, options=None):
 
 def with_labelled(rows, labelled, share):
     """`rows` and after them those of `labelled`, over and over, until they are a `share` of all; the columns that these
-    lack are `None` there."""
+    lack are `None` there.
+
+    Raises:
+        ValueError: `share` is not in (0, 1), or there are no `labelled` windows.
+    """
+    if not 0 < share < 1 or not len(labelled):
+        raise ValueError(f"--labelled_share is {share} of {len(labelled)} windows, expected one in (0, 1), of some")
     wanted = round(share / (1 - share) * len(rows))
     return datasets.concatenate_datasets([rows, labelled.select([i % len(labelled) for i in range(wanted)])])
 

@@ -1,8 +1,8 @@
 """Make the weights, stage by stage, out of the base packages and the data: `python -m recipe.weights`.
 
 Each file of recipe/stages/ is one stage: a command of the recipe, what it reads and its settings. A stage is done again
-when its settings, or the data, packages or stages that it reads, are others than those that it was made from. What was
-stopped goes on when the same command is given again.
+when its settings, or the files, packages, models or stages that it reads, are others than those that it was made from.
+What was stopped goes on when the same command is given again.
 """
 
 import argparse
@@ -43,7 +43,7 @@ class Stage:
         data, output: folders, of the data and for what is made.
 
     Raises:
-        ValueError: the file has another key or no module, or names files that do not exist.
+        ValueError: the file has another key or no module, or names files that do not exist, or two of one name.
     """
 
     def __init__(self, path, data, output):
@@ -62,6 +62,9 @@ class Stage:
                 if not found:
                     raise ValueError(f"{path}: {option} is {pattern!r}, and no such file is in {folder}")
                 self.files.setdefault(option, []).extend(found)
+        for option, paths in self.files.items():
+            if len({file.name for file in paths}) < len(paths):  # by which they are known
+                raise ValueError(f"{path}: {option} has two files of one name")
         self.folder, self.record = output / self.name, output / f"{self.name}.json"
         known = json.loads(self.record.read_text()) if self.record.exists() else {}
         self.known = {"made_from": None, "hours": 0.0, "finished": False} | known

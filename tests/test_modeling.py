@@ -145,8 +145,10 @@ def test_one_row_of_types_or_positions_stands_for_all():
         # What was passed counts.
         assert not torch.allclose(logits(**tokens, token_type_ids=types, position_ids=positions - 9), of_each)
         assert not torch.allclose(logits(**tokens, token_type_ids=1 - types, position_ids=positions), of_each)
-    with pytest.raises(RuntimeError):
-        logits(input_ids=input_ids, token_type_ids=types.expand(3, 9))
+    for batch in (1, 5):
+        for others in ({"token_type_ids": types.expand(3, 9)}, {"position_ids": positions.expand(3, 9)}):
+            with pytest.raises(RuntimeError), torch.no_grad():
+                model(input_ids[:batch], **others)
 
 
 @pytest.mark.parametrize("size", [1.0, 1e4])

@@ -75,6 +75,29 @@ def test_a_student_follows_the_answers_that_it_is_given(tmp_path, city_windows, 
     assert found[[0, 2, 3]].tolist() == pytest.approx([0.3, 0.6, 0.1], abs=0.06)
 
 
+def test_a_student_follows_labels_where_no_teacher_answered(tmp_path, city_windows, monkeypatch):
+    """The teacher says of all windows that they have no answer; of those beside them, whose ids are others, the labels
+    say that it stands at the third token."""
+    rows = datasets.load_from_disk(city_windows / "train")
+    thought = {"tokens": [0], "log_probabilities": np.zeros(1, dtype=np.float16)}
+    answer = {f"{name}_{kind}": values for name in ("start", "end") for kind, values in thought.items()}
+    datasets.Dataset.from_list([answer] * len(rows)).save_to_disk(tmp_path / "answers")
+    others = rows.select(range(4)).map(
+        lambda row: {"input_ids": [101, *[7] * (row["length"] - 2), 102], "starts": [2], "ends": [2]}
+    )
+    others.save_to_disk(tmp_path / "labelled" / "train")
+    options = ["--model", tiny_folder(tmp_path / "base"), "--windows", city_windows, "--learning_rate", 1e-2]
+    options += ["--max_steps", 60, "--answers", tmp_path / "answers", "--teacher_weight", 1.0, "--bf16", "False"]
+    options += ["--labelled", tmp_path / "labelled", "--labelled_share", 0.5]
+    train(monkeypatch, *options, "--output_dir", tmp_path / "out")
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(tmp_path / "out").eval()
+    for table, token in ((rows, 0), (others, 2)):
+        batch = WindowCollator(0)(list(table.select(range(4))))
+        with torch.inference_mode():
+            found = model(**bert_inputs(batch, model.config)).start_logits.softmax(-1)
+        assert found[:, token].min() > 0.9
+
+
 def test_a_batch_by_hand():
     rows = [
         {
@@ -161,6 +184,9 @@ def test_labelled_windows_are_their_share_of_all(city_windows):
     assert counts.keys() == set(labelled["id"]) and max(counts.values()) - min(counts.values()) <= 1
     assert both[0]["start_tokens"] == [0, 1] and both[len(both) - 1]["start_tokens"] is None
     assert both[len(rows)]["input_ids"] == labelled[0]["input_ids"]
+    for share, some in ((0.0, labelled), (1.0, labelled), (0.4, labelled.select([]))):
+        with pytest.raises(ValueError, match="labelled_share is"):
+            with_labelled(answered, some, share)
 
 
 def test_batches_of_like_lengths_come_in_any_order_but_the_same_for_a_seed_and_epoch():

@@ -169,6 +169,10 @@ def test_a_stage_reads_files_of_the_repository_too(tmp_path, monkeypatch):
     (tmp_path / "root" / "written" / "b.txt").unlink()
     with pytest.raises(ValueError, match=r"written/b.txt', and no such file is in .*root"):
         first()
+    (tmp_path / "root" / "written" / "b.txt").touch()
+    (tmp_path / "data" / "b.txt").touch()
+    with pytest.raises(ValueError, match="data has two files of one name"):
+        first()
 
 
 def test_an_unknown_stage_is_no_stage(make, capsys):
@@ -190,7 +194,15 @@ def test_a_shipped_stage_has_options_that_its_command_knows(tmp_path, monkeypatc
         for name in names:
             (tmp_path / name.replace("*", "x")).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name.replace("*", "x")).touch()
-    stage = weights.Stage(path, tmp_path, tmp_path / "output")
+    stage = weights.Stage(path, tmp_path, tmp_path / "made")
     monkeypatch.setattr(sys, "argv", stage.command()[2:])
-    with pytest.raises((OSError, ValueError), match="output|no SQuAD|not SQuAD"):
+    with pytest.raises((OSError, ValueError), match="made|no SQuAD|not SQuAD") as raised:
         import_module(stage.module).main()
+    assert "HfArgumentParser" not in str(raised.value)  # which knows all options
+
+
+@pytest.mark.parametrize("path", READING, ids=lambda path: path.stem)
+def test_a_shipped_stage_s_own_files_are_there(path):
+    for names in weights.tomllib.loads(path.read_text()).get("repository", {}).values():
+        for name in names:
+            assert list(ROOT.glob(name)), name
