@@ -4,7 +4,8 @@ A text does not answer where its best evidence is below a threshold, and the evi
 sure the model is that there is an answer. One half of validation's titles, by a hash, settles both; all figures are
 measured on the other half, with the one threshold. There, documents are also put among others, so that their questions
 have many windows to be answered wrongly from. A second threshold, `balanced_threshold`, is for SQuAD v2.0 alone, where
-half of the questions have no answer.
+half of the questions have no answer, by design hard to tell from one that has: questions of that kind, and twins that
+are answered, are named by `--adversarial`.
 
 Logits are kept as they come: a run that was stopped goes on, and what another rule would give costs no model.
 """
@@ -31,7 +32,7 @@ from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from qualaminilm.spans_qualaminilm import WindowSpans
 from recipe import ROOT
-from recipe.data import NO_ANSWERS, file_sha256, groups, load_tokenizer
+from recipe.data import NO_ANSWERS, file_sha256, groups, load_tokenizer, read_questions
 from recipe.evaluate import scores_by_question
 from recipe.presets import parse_length_config
 from recipe.results import describe_engine, describe_run, save_figure, write_json
@@ -39,7 +40,8 @@ from recipe.windows import validation_tables
 
 NEAR_MISSES = ("written-wiki", "written-documents")  # whose unanswerable questions are almost answered
 DOCUMENTS = "written-documents"  # what is put among others, where it is there
-KINDS = ("answered", "near-miss", "off-topic")
+USUAL = ("answered", "near-miss", "off-topic")  # what is asked of texts, and settles what is for all
+KINDS = (*USUAL, "adversarial", "twin")
 MOST_LOST = 0.05  # of right answers, which the threshold may turn into ""
 SURE = 0.95  # that no more are lost on articles that did not settle it
 SAMPLES = 1000
@@ -92,18 +94,15 @@ class Asked(NamedTuple):
     article: str
 
 
-def ask(tables, count, seed):
+def ask(tables, count, seed, adversarial=None):
     """Questions of `KINDS`, a list of [`Asked`]: `count` that have an answer, drawn from all tables; half of these put
-    to a document of another title; and at most `count` that their document almost answers.
+    to a document of another title; at most `count` that their document almost answers; and those of the table
+    `adversarial`, on documents of validation, which are so by design, or are answered.
 
     Raises:
         ValueError: one of the halves has no question with an answer, or none without.
     """
-    rows = [
-        row | {"table": name, "fits": fits, "article": article}
-        for name, table in tables.items()
-        for row, fits, article in zip(table, in_fitting_half(table), groups(table), strict=True)
-    ]
+    rows = [row | {"table": name} for name, table in tables.items() for row in split_rows(table)]
     draw = random.Random(seed)
     draw.shuffle(rows)
     answered = [row for row in rows if row["answers"]["text"]][:count]
@@ -121,7 +120,16 @@ def ask(tables, count, seed):
             f"of the validation questions {len(answered)} have an answer in their text and {none} have none, expected "
             f"enough of both for two halves"
         )
+    asked += [as_asked("twin" if row["answers"]["text"] else "adversarial", row) for row in split_rows(adversarial)]
     return asked
+
+
+def split_rows(table):
+    """The rows of a table, or of `None`, each with its article and whether that is of the fitting half."""
+    if table is None:
+        return []
+    of_each = zip(table, in_fitting_half(table), groups(table), strict=True)
+    return [row | {"fits": fits, "article": article} for row, fits, article in of_each]
 
 
 def as_asked(kind, row):
@@ -227,9 +235,9 @@ def balanced_threshold_of(evidence, f1, answered):
 
     Args:
         evidence (`(questions,)`); f1 (same shape): of the best answer, in percent.
-        answered (bool, same shape): which questions have an answer; where all have, the result is `None`.
+        answered (bool, same shape): which questions have an answer; if all or none have, the result is `None`.
     """
-    if answered.all():
+    if answered.all() or not answered.any():
         return None
     none, thresholds = evidence[~answered], np.unique(np.floor(evidence * 100) / 100)
     of_none = [100 * (none < threshold).mean() for threshold in thresholds]
@@ -270,13 +278,14 @@ def calibration_error(bins):
 
 def measured(threshold, calibration, evidence, kinds, right):
     """What a threshold and a calibration do to questions: `kinds` of them, whether each is answered `right`."""
+    usual, answered = np.isin(kinds, USUAL), kinds == "answered"
     answerable = 1 / (1 + np.exp(-(calibration[0] * evidence + calibration[1])))
-    bins = calibration_bins(answerable, kinds == "answered")
+    bins = calibration_bins(answerable[usual], answered[usual])
     none = evidence < threshold
     return {
         "questions": {kind: int((kinds == kind).sum()) for kind in KINDS},
-        "right": share(right[kinds == "answered"]),
-        "right_lost": share(none[right]),
+        "right": share(right[answered]),
+        "right_lost": share(none[right & answered]),
         "no_answer": {kind: share(none[kinds == kind]) for kind in KINDS},
         "calibration_error": calibration_error(bins),
         "bins": bins,
@@ -292,13 +301,14 @@ def fitted(pipeline, asked, logits):
     [`balanced_threshold_of`] there; and a function of any threshold and calibration, what they do to the other half."""
     texts, evidence = zip(*(best(pipeline, each.context, *of) for each, of in zip(asked, logits, strict=True)))
     kinds, fits = np.array([each.kind for each in asked]), np.array([each.fits for each in asked])
+    articles, usual = np.array([each.article for each in asked]), np.isin(kinds, USUAL)
     f1, evidence, answered = f1_of(asked, texts), np.array(evidence), kinds == "answered"
-    right, of_v2 = answered & (f1 >= RIGHT), fits & (kinds != "off-topic")
+    right, adversarial = f1 >= RIGHT, kinds == "adversarial"
+    # Of the articles whose paragraphs such questions were put to, as in SQuAD v2.0.
+    of_v2 = fits & (adversarial | answered & np.isin(articles, articles[adversarial]))
     own = {
-        "no_answer_threshold": threshold_of(
-            evidence[fits & right], [each.article for each, of_fit in zip(asked, fits & right) if of_fit]
-        ),
-        "answerable_calibration": calibration_of(evidence[fits], answered[fits]),
+        "no_answer_threshold": threshold_of(*(each[fits & right & answered] for each in (evidence, articles))),
+        "answerable_calibration": calibration_of(evidence[fits & usual], answered[fits & usual]),
     }
     balanced = balanced_threshold_of(evidence[of_v2], f1[of_v2], answered[of_v2])
     return own, balanced, partial(measured, evidence=evidence[~fits], kinds=kinds[~fits], right=right[~fits])
@@ -379,6 +389,9 @@ def command_line():
     parser.add_argument(
         "--questions", type=int, default=4000, help="with an answer; half as many off topic (%(default)s)"
     )
+    parser.add_argument(
+        "--adversarial", help="SQuAD JSON in version 2.0's manner, on validation's articles: settles balanced_threshold"
+    )
     parser.add_argument("--among", type=int, default=150, help="questions put to documents among others (150)")
     parser.add_argument(
         "--length_configs", nargs="+", default=["full", "fast"], help="presets; the first settles (full fast)"
@@ -401,7 +414,8 @@ def main():
     pipeline = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(arguments.model))
     weights = file_sha256(Path(arguments.model) / "model.safetensors")
 
-    asked = ask(tables, arguments.questions, arguments.seed)
+    adversarial = read_questions(arguments.adversarial) if arguments.adversarial else None
+    asked = ask(tables, arguments.questions, arguments.seed, adversarial)
     among = []
     if DOCUMENTS in tables:
         among = among_others(tables[DOCUMENTS], arguments.among, max(SIZES), pipeline, arguments.seed)
@@ -459,7 +473,8 @@ def summary(name, result):
     none, among = result["no_answer"], result["among_others"] or {"sizes": []}
     lines = [
         f"{name}: right {percent(result['right'])}, of which {percent(result['right_lost'])} are lost; no answer to "
-        f"{percent(none['near-miss'])} of near-miss and {percent(none['off-topic'])} of off-topic questions; "
+        f"{percent(none['near-miss'])} of near-miss, {percent(none['off-topic'])} of off-topic and "
+        f"{percent(none['adversarial'])} of adversarial questions, and to {percent(none['twin'])} of these' twins; "
         f"calibration error {result['calibration_error']:.3f}",
         *(
             f"  at {size['windows']:.1f} windows {percent(size['right'])} of {among['right_alone']} right alone"

@@ -1,7 +1,9 @@
 import json
 import random
 import sys
+from collections import Counter
 from statistics import NormalDist
+from unittest import mock
 
 import datasets
 import numpy as np
@@ -13,7 +15,7 @@ from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
 from recipe import answerable
-from recipe.data import load_tokenizer
+from recipe.data import NO_ANSWERS, load_tokenizer
 
 pytestmark = trains
 WORDS = "Ann Bob lives lived in near Berlin Paris Oslo , . the old".split()  # a token each
@@ -52,6 +54,34 @@ def tables():
                 )
         result[name] = datasets.Dataset.from_list(rows)
     return result
+
+
+def adversarial_file(folder, tables):
+    """SQuAD JSON of one of the tables, in version 2.0's manner."""
+    data = [
+        {
+            "title": row["title"],
+            "paragraphs": [
+                {
+                    "context": row["context"],
+                    "qas": [
+                        {
+                            "id": row["id"],
+                            "question": f"{row['question']} Or not?",
+                            "answers": [
+                                {"text": text, "answer_start": start}
+                                for text, start in zip(*row["answers"].values(), strict=True)
+                            ],
+                        }
+                    ],
+                }
+            ],
+        }
+        for row in tables["written-wiki"]
+    ]
+    path = folder / "adversarial.json"
+    path.write_text(json.dumps({"data": data}))
+    return path
 
 
 def loss_of_thresholds(articles, together, samples=200):
@@ -96,7 +126,41 @@ def test_the_balanced_threshold_is_that_of_the_best_mean():
 
     threshold = answerable.balanced_threshold_of(evidence, f1, answered)
     assert mean(threshold) == pytest.approx(max(map(mean, np.arange(-10, 15, 0.01))))
-    assert answerable.balanced_threshold_of(evidence, f1, np.ones(300, dtype=bool)) is None
+    for all_or_none in (np.ones(300, dtype=bool), np.zeros(300, dtype=bool)):
+        assert answerable.balanced_threshold_of(evidence, f1, all_or_none) is None
+
+
+def test_questions_of_the_adversarial_kind_settle_the_balanced_threshold_alone():
+    """By hand: one of the fitting half's articles, whose answers' evidence is 5 and more, adversarial questions' 3."""
+
+    def asked(kind, article, fits=True):
+        answers = {"text": ["a"], "answer_start": [0]} if kind in ("answered", "twin") else NO_ANSWERS
+        return answerable.Asked(kind, fits, "?", "a b", answers, (0, 3), article)
+
+    of_each = [(asked("answered", "x"), 5.0)] * 9 + [(asked("answered", "y"), 2.0)] * 9
+    of_each += [(asked("near-miss", "x"), -8.0)] * 9 + [(asked("answered", "z", fits=False), 4.0)] * 8
+    of_each += [(asked("answered", "z", fits=False), 1.0)] * 2 + [(asked("near-miss", "z", fits=False), 1.0)]
+    adversarial = [(asked("adversarial", "x"), 3.0)] * 9 + [(asked("twin", "x"), 0.0)] * 9
+    others = zip(("adversarial", "twin", "twin"), (3.0, 1.0, 9.0))
+    adversarial += [(asked(kind, "z", fits=False), evidence) for kind, evidence in others]
+
+    def settle(rows):
+        found = iter([("a", evidence) for _, evidence in rows])
+        with mock.patch.object(answerable, "best", lambda *_: next(found)):
+            return answerable.fitted(None, [each for each, _ in rows], [()] * len(rows))
+
+    own, balanced, measure = settle(of_each + adversarial)
+    assert own == settle(of_each)[0] and settle(of_each)[1] is None
+    assert own["no_answer_threshold"] == 2.0 and balanced == 5.0
+    result = measure(2.0, [1.0, 0.0])
+    assert result["right_lost"] == 0.2 and sum(each["questions"] for each in result["bins"]) == 11
+    assert result["no_answer"] == {
+        "answered": 0.2,
+        "near-miss": 1.0,
+        "off-topic": None,
+        "adversarial": 0.0,
+        "twin": 0.5,
+    }
 
 
 def test_the_calibration_is_the_likeliest():
@@ -140,7 +204,8 @@ def test_a_user_s_own_questions_settle_them_too(tmp_path, folder, tables, monkey
     monkeypatch.setattr(sys, "argv", arguments)
     answerable.main()
     full = json.loads((tmp_path / "out.json").read_text())["length_configs"]["full"]
-    assert full["among_others"] is None and all(full["questions"].values())
+    assert full["among_others"] is None and all(full["questions"][kind] for kind in answerable.USUAL)
+    assert json.loads((tmp_path / "out.json").read_text())["balanced_threshold"] is None
     few = {"mine": tables["written-wiki"].select(range(4))}  # of one title
     with pytest.raises(ValueError, match="3 have an answer in their text and 1 have none, expected"):
         answerable.ask(few, 10, seed=0)
@@ -149,7 +214,8 @@ def test_a_user_s_own_questions_settle_them_too(tmp_path, folder, tables, monkey
 def test_titles_are_of_one_half_and_both_halves_are_measured_apart(tables):
     asked = answerable.ask(tables, 60, seed=1)
     by_kind = {kind: [each for each in asked if each.kind == kind] for kind in answerable.KINDS}
-    assert {kind: len(each) for kind, each in by_kind.items()} == {"answered": 60, "near-miss": 24, "off-topic": 30}
+    counts = {"answered": 60, "near-miss": 24, "off-topic": 30, "adversarial": 0, "twin": 0}
+    assert {kind: len(each) for kind, each in by_kind.items()} == counts
     assert all(each.answers["text"] for each in by_kind["answered"])
     assert not any(each.answers["text"] for kind in ("near-miss", "off-topic") for each in by_kind[kind])
     halves = {}
@@ -157,6 +223,13 @@ def test_titles_are_of_one_half_and_both_halves_are_measured_apart(tables):
         halves.setdefault(each.context, set()).add(each.fits)
     assert all(len(half) == 1 for half in halves.values())
     assert {True, False} == {each.fits for each in by_kind["near-miss"]}
+    more = answerable.ask(tables, 60, seed=1, adversarial=tables["written-wiki"])
+    assert more[: len(asked)] == asked
+    kinds = Counter((each.kind, bool(each.answers["text"])) for each in more[len(asked) :])
+    assert kinds == {("adversarial", False): 12, ("twin", True): 36}
+    assert {each.article: each.fits for each in asked if each.kind == "near-miss"}.items() <= {
+        each.article: each.fits for each in more[len(asked) :]
+    }.items()
     answered = {(each.question, each.context) for each in by_kind["answered"]}
     assert not any((each.question, each.context) in answered for each in by_kind["off-topic"])
     alone = datasets.Dataset.from_list([{"title": "one", "context": str(i)} for i in range(200)])
@@ -188,7 +261,7 @@ def test_a_run_settles_measures_draws_and_records_and_goes_on_from_kept_logits(t
     arguments = ["recipe.answerable", "--model", str(folder), "--windows", str(tmp_path / "windows")]
     arguments += ["--questions", "40", "--among", "2", "--length_configs", "full", "[0.5]"]
     arguments += ["--output", str(tmp_path / "out.json"), "--figure", str(tmp_path / "out.png")]
-    arguments += ["--logits", str(tmp_path / "logits")]
+    arguments += ["--logits", str(tmp_path / "logits"), "--adversarial", str(adversarial_file(tmp_path, tables))]
     monkeypatch.setattr(answerable, "EXAMPLES", [("Who?", "Ann lives in Berlin.", "Ann")])
     monkeypatch.setattr(answerable, "RIGHT", 0)
     monkeypatch.setattr(answerable, "calibration_of", lambda *_: [0.5, -1.0])  # a random model's may fall
@@ -201,7 +274,9 @@ def test_a_run_settles_measures_draws_and_records_and_goes_on_from_kept_logits(t
     full = found["length_configs"]["full"]
     assert full["by_its_own"]["no_answer_threshold"] == found["no_answer_threshold"]
     assert isinstance(found["balanced_threshold"], float)
-    assert len(full["bins"]) <= 15 and sum(full["questions"].values()) == sum(e["questions"] for e in full["bins"])
+    usual = sum(full["questions"][kind] for kind in answerable.USUAL)
+    assert len(full["bins"]) <= 15 and sum(e["questions"] for e in full["bins"]) == usual
+    assert full["questions"]["adversarial"] and full["questions"]["twin"] and 0 <= full["no_answer"]["twin"] <= 1
     for size in full["among_others"]["sizes"]:
         assert 0 <= size["right_and_above_threshold"] <= size["right"] <= 1
 
