@@ -100,9 +100,10 @@ class QuaLAMiniLMEmbeddings(nn.Module):
             token_type_ids = torch.zeros(shape, dtype=torch.long, device=tokens.device)
         if inputs_embeds is None:
             inputs_embeds = self.word_embeddings(input_ids)
-        # One row may stand for all; any other number is refused.
-        types, positions = token_type_ids.expand(shape), position_ids.expand(shape)
-        embeddings = inputs_embeds + self.token_type_embeddings(types) + self.position_embeddings(positions)
+        # One row may stand for all, and is looked up once; any other number is refused.
+        others = self.token_type_embeddings(token_type_ids), self.position_embeddings(position_ids)
+        types, positions = (each.expand_as(inputs_embeds) for each in others)
+        embeddings = inputs_embeds + types + positions
         # Int8 rows make float32 of any model's dtype, and a caller's embeddings are of the caller's.
         return self.dropout(self.LayerNorm(embeddings.to(self.LayerNorm.weight.dtype)))
 
