@@ -36,6 +36,7 @@ from recipe.data import NO_ANSWERS, file_sha256, groups, load_tokenizer, read_qu
 from recipe.evaluate import scores_by_question
 from recipe.presets import parse_length_config
 from recipe.results import describe_engine, describe_run, save_figure, write_json
+from recipe.test_sets import refuse_test_sets
 from recipe.windows import validation_tables
 
 NEAR_MISSES = ("written-wiki", "written-documents")  # whose unanswerable questions are almost answered
@@ -409,6 +410,7 @@ def command_line():
 
 def main():
     arguments = command_line().parse_args()
+    refuse_test_sets("--adversarial", [arguments.adversarial] if arguments.adversarial else [])
     tables = validation_tables(arguments.windows)
     model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
     pipeline = QuestionAnsweringPipeline(model=model, tokenizer=load_tokenizer(arguments.model))

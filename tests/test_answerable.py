@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT, tiny_config, trains
+from conftest import ROOT, squad_file, tiny_config, trains
 from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
@@ -58,30 +58,11 @@ def tables():
 
 def adversarial_file(folder, tables):
     """SQuAD JSON of one of the tables, in version 2.0's manner."""
-    data = [
-        {
-            "title": row["title"],
-            "paragraphs": [
-                {
-                    "context": row["context"],
-                    "qas": [
-                        {
-                            "id": row["id"],
-                            "question": f"{row['question']} Or not?",
-                            "answers": [
-                                {"text": text, "answer_start": start}
-                                for text, start in zip(*row["answers"].values(), strict=True)
-                            ],
-                        }
-                    ],
-                }
-            ],
-        }
-        for row in tables["written-wiki"]
-    ]
-    path = folder / "adversarial.json"
-    path.write_text(json.dumps({"data": data}))
-    return path
+    articles = {}
+    for row in tables["written-wiki"]:
+        asked = f"{row['question']} Or not?", row["answers"]["text"]
+        articles.setdefault(row["title"], []).append((row["context"], [asked]))
+    return squad_file(folder / "adversarial.json", articles)
 
 
 def loss_of_thresholds(articles, together, samples=200):

@@ -157,7 +157,7 @@ def test_the_test_sets_are_known(name, known):
     assert test_sets.is_test_set(DATA / f"{name}.json") == known
 
 
-@pytest.mark.parametrize("command", ["windows", "benchmark"])
+@pytest.mark.parametrize("command", ["windows", "benchmark", "answerable"])
 def test_every_command_that_trains_or_chooses_refuses_a_test_set(tmp_path, city_file, monkeypatch, command):
     pytest.importorskip({"benchmark": "openvino"}.get(command, "torch"))
     monkeypatch.setattr(test_sets, "DIGESTS", tmp_path / "test_sets.bin")
@@ -167,6 +167,7 @@ def test_every_command_that_trains_or_chooses_refuses_a_test_set(tmp_path, city_
     arguments = {
         "windows": ["--data", city_file, "--output_dir", out],
         "benchmark": ["--data", city_file, "--output", out],
+        "answerable": ["--windows", tmp_path, "--logits", out, "--adversarial", city_file, "--output", out],
     }[command]
     monkeypatch.setattr(sys, "argv", [command, *map(str, arguments)])
     with pytest.raises(ValueError, match="cities.json is a test set"):
