@@ -5,14 +5,17 @@ Looks for the length configs that give the most F1 for the fewest MACs (Length-A
 arXiv:2010.07003, section 3.3) on validation, by NSGA-II (Deb et al., 2002). Every candidate is stored as soon as it is
 measured: a search that was stopped goes on, and to the same front, when the same command is given again.
 
-Presets are the best candidates, by their F1 on all validation questions, that the shares of the MACs named by
-`--preset_shares` pay for. No test set is read.
+Of the candidates that cost at most the share of the MACs that `--preset_shares` names for a preset, and more than it
+names for the next, the best on the subset are measured on all validation questions; the best there is the preset. No
+test set is read.
 """
 
 import argparse
 import hashlib
 import json
+import math
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib
@@ -128,23 +131,22 @@ def front(candidates):
     return best
 
 
-def best_of(candidates, at_least):
-    """The front, the front of the rest, and so on, until there are `at_least` of them (or no more)."""
-    kept, rest = [], list(candidates)
-    while rest and len(kept) < at_least:
-        peeled = front(rest)
-        kept += peeled
-        rest = [candidate for candidate in rest if candidate not in peeled]
-    return kept
+def by_budget(candidates, shares):
+    """A list of candidates for each of `shares`, from the greatest to the smallest: those that cost at most this share
+    of the MACs and more than the next. Each has the most F1 first, and of as much what costs less."""
+    best_first = sorted(candidates, key=lambda each: (-each["f1"], each["macs_share"]))
+    return [
+        [each for each in best_first if least < each["macs_share"] <= most] for most, least in pairwise([*shares, 0.0])
+    ]
 
 
 def place_presets(full, candidates, shares=PRESET_SHARES):
-    """Presets by budgets: `"full"` first, then for each of `shares` the candidate of most F1 that has at most this
-    share of the MACs, and less than the preset before it.
+    """Presets by budgets: `"full"` first, then for each of `shares` the candidate of most F1 that costs at most this
+    share of the MACs, and more than the next preset may.
 
     Args:
         full, candidates: what was measured on all questions, as by [`measured`].
-        shares: one number for each of [`PRESET_NAMES`].
+        shares: one number for each of [`PRESET_NAMES`], from the greatest to the smallest.
 
     Returns:
         `dict`, name -> candidate.
@@ -152,16 +154,14 @@ def place_presets(full, candidates, shares=PRESET_SHARES):
     Raises:
         ValueError: there is no such candidate.
     """
-    presets, best = {FULL: full}, front(candidates)
-    for name, share in zip(PRESET_NAMES, shares):
-        within = [each for each in best if each["macs_share"] <= share]
+    presets = {FULL: full}
+    for name, share, within in zip(PRESET_NAMES, shares, by_budget(candidates, shares)):
         if not within:
             raise ValueError(
-                f"no candidate is left for {name!r}, at most {share} of the MACs; search longer, or give other "
-                "--preset_shares or a larger --max_preset_loss"
+                f"no candidate is left for {name!r}, at most {share} of the MACs and more than the next preset may "
+                "have; search longer, or give other --preset_shares or a larger --max_preset_loss"
             )
-        presets[name] = within[-1]
-        best = within[:-1]
+        presets[name] = within[0]
     return presets
 
 
@@ -242,10 +242,13 @@ def search(candidates, measure, full, arguments):
 
 
 def score_survivors(candidates, measure, full, arguments):
-    """Measures on all questions the full model, which comes first, and what survived the subset."""
+    """Measures on all questions the full model, which comes first, and the best of each preset's budget on the subset.
+    """
     unique = {tuple(each["length_config"]): each for each in measured(candidates.on_subset)}
     unique.pop(tuple(full["length_config"]), None)
-    survivors = best_of(within_loss(unique.values(), full, arguments.max_loss), arguments.survivors)
+    budgets = by_budget(within_loss(unique.values(), full, arguments.max_loss), arguments.preset_shares)
+    of_each = math.ceil(arguments.survivors / len(budgets))
+    survivors = [each for budget in budgets for each in budget[:of_each]]
     done = [each["length_config"] for each in measured(candidates.on_all)]
     for candidate in tqdm([full, *survivors], desc="Scoring survivors on all questions", unit="candidate"):
         if candidate["length_config"] not in done:
@@ -267,7 +270,7 @@ def command_line():
     parser.add_argument("--candidates", type=int, default=300, help="length configs to try (%(default)s)")
     parser.add_argument("--population", type=int, default=30, help="candidates a generation (%(default)s)")
     parser.add_argument("--subset", type=int, default=300, help="questions to score each candidate on (%(default)s)")
-    parser.add_argument("--survivors", type=int, default=40, help="candidates to score on all questions (%(default)s)")
+    parser.add_argument("--survivors", type=int, default=40, help="of them to score on all questions (%(default)s)")
     parser.add_argument("--choosing", type=int, nargs="+", help="layers, from 0, that may drop tokens (all)")
     parser.add_argument("--at_most", type=int, default=3, help="layers of them that drop in one preset (%(default)s)")
     parser.add_argument(

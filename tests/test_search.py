@@ -5,6 +5,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import optuna
 import pytest
@@ -34,12 +35,17 @@ def test_the_front_is_what_nothing_dominates(candidates):
     assert front == sorted(front, key=lambda each: each["macs_share"])
 
 
-@given(measurements, st.integers(1, 40))
-def test_survivors_are_never_worse_than_what_did_not_survive(candidates, at_least):
-    kept = search.best_of(candidates, at_least)
-    rest = [candidate for candidate in candidates if candidate not in kept]
-    assert len(kept) >= min(at_least, len(candidates)) and len(kept) + len(rest) == len(candidates)
-    assert all(dominated(candidate, kept) for candidate in rest)
+@given(measurements, st.sets(st.integers(1, 20), min_size=1, max_size=4))
+def test_a_candidate_is_in_the_smallest_budget_that_pays_for_it(candidates, shares):
+    shares = sorted(shares, reverse=True)
+    budgets = search.by_budget(candidates, shares)
+    assert len(budgets) == len(shares)
+    for each in candidates:
+        enough = [share for share in shares if share >= each["macs_share"]]
+        assert [share for share, budget in zip(shares, budgets) if each in budget] == enough[-1:]
+    for budget in budgets:
+        for one, next_one in pairwise(budget):
+            assert one["f1"] > next_one["f1"] or not dominated(one, [next_one])
 
 
 @given(st.lists(st.floats(0, 0.9), min_size=3, max_size=3, unique=True), st.integers(1, 3))
@@ -64,15 +70,13 @@ def test_presets_are_the_best_that_their_shares_of_the_macs_pay_for():
     def placed(*candidates):
         return {name: preset["macs_share"] for name, preset in search.place_presets(full, candidates).items()}
 
-    front = [candidate(70, 0.36), candidate(75, 0.4), candidate(78, 0.55), candidate(79, 0.6), candidate(79.5, 0.65)]
-    others = [candidate(74, 0.39), candidate(60, 0.7), candidate(72, 0.5)]
-    assert placed(*others, *front) == {"full": 1.0, "accurate": 0.65, "balanced": 0.6, "fast": 0.4, "fastest": 0.39}
-    # What costs less may be better too; no candidate becomes two presets.
-    best = candidate(81, 0.45)
-    expected = {"full": 1.0, "accurate": 0.45, "balanced": 0.4, "fast": 0.36, "fastest": 0.3}
-    assert placed(best, candidate(65, 0.3), *front) == expected
+    others = [candidate(60, 0.7), candidate(72, 0.5), candidate(70, 0.36), candidate(81, 0.72)]
+    best = [candidate(79, 0.65), candidate(79.5, 0.6), candidate(75, 0.45), candidate(74, 0.4)]
+    assert placed(*others, *best) == {"full": 1.0, "accurate": 0.65, "balanced": 0.6, "fast": 0.45, "fastest": 0.4}
+    # Of as much F1, the cheaper one.
+    assert placed(*others, *best, candidate(79, 0.62))["accurate"] == 0.62
     with pytest.raises(ValueError, match="no candidate is left for 'fastest', at most 0.4 of the MACs"):
-        placed(*front[2:], candidate(70, 0.45))
+        placed(*best[:3])
 
 
 FIRST = [1.0, 0.42], [0.76, 0.33]
