@@ -15,16 +15,22 @@ from recipe.training import load_model
 
 @torch.no_grad()
 def mean(model, trained, share):
-    """Moves the weights of `model`, in place, to those of `trained` by a `share` of the way, both float models.
+    """Moves the weights of `model`, in place, to (1 - share) model + share trained (WiSE-FT).
+
+    Args:
+        model, trained ([`QuaLAMiniLMForQuestionAnswering`]): of one shape, in float32.
+        share (`float`): in (0, 1).
 
     Raises:
-        ValueError: `share` is not in (0, 1), or the two are not of one shape.
+        ValueError: `share` is not in (0, 1), or `trained` has other weights than `model`, or some of another shape.
     """
     if not 0 < share < 1:
         raise ValueError(f"--share is {share}, expected a number in (0, 1)")
     before, after = model.state_dict(), trained.state_dict()
-    if {name: each.shape for name, each in before.items()} != {name: each.shape for name, each in after.items()}:
-        raise ValueError("--trained has other weights than --model, expected those of one shape")
+    shapes, expected = ({name: tuple(each.shape) for name, each in of.items()} for of in (after, before))
+    if shapes != expected:
+        name = min(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        raise ValueError(f"--trained has {name} of shape {shapes.get(name)}, --model has it of {expected.get(name)}")
     for name, weights in before.items():
         weights.lerp_(after[name], share)
 
@@ -36,8 +42,8 @@ def main():
     parser.add_argument("--share", type=float, required=True, help="of the way from the one to the other, in (0, 1)")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder to write the model to")
     arguments = parser.parse_args()
-    model = load_model(arguments.model)
-    mean(model, load_model(arguments.trained), arguments.share)
+    model, trained = (load_model(folder).float() for folder in (arguments.model, arguments.trained))
+    mean(model, trained, arguments.share)
     model.save_pretrained(arguments.output_dir)
     load_tokenizer(arguments.model).save_pretrained(arguments.output_dir)
     print(f"Wrote the mean to {arguments.output_dir}")

@@ -155,11 +155,11 @@ def place_presets(full, candidates, shares=PRESET_SHARES):
         ValueError: there is no such candidate.
     """
     presets = {FULL: full}
-    for name, share, within in zip(PRESET_NAMES, shares, by_budget(candidates, shares)):
+    for name, (most, least), within in zip(PRESET_NAMES, pairwise([*shares, 0.0]), by_budget(candidates, shares)):
         if not within:
             raise ValueError(
-                f"no candidate is left for {name!r}, at most {share} of the MACs and more than the next preset may "
-                "have; search longer, or give other --preset_shares or a larger --max_preset_loss"
+                f"no candidate is left for {name!r}, of more than {least} and at most {most} of the MACs; search "
+                "longer, or give other --preset_shares or a larger --max_preset_loss"
             )
         presets[name] = within[0]
     return presets
@@ -242,8 +242,8 @@ def search(candidates, measure, full, arguments):
 
 
 def score_survivors(candidates, measure, full, arguments):
-    """Measures on all questions the full model, which comes first, and the best of each preset's budget on the subset.
-    """
+    """On all questions, what [`measured`] returns of the full model, which comes first, and of the candidates of each
+    preset's budget that were best on the subset."""
     unique = {tuple(each["length_config"]): each for each in measured(candidates.on_subset)}
     unique.pop(tuple(full["length_config"]), None)
     budgets = by_budget(within_loss(unique.values(), full, arguments.max_loss), arguments.preset_shares)
@@ -259,7 +259,8 @@ def score_survivors(candidates, measure, full, arguments):
                     user_attrs={name: result[name] for name in ("length_config", "em", "f1_standard_error")},
                 )
             )
-    return measured(candidates.on_all)
+    scored = {tuple(each["length_config"]): each for each in measured(candidates.on_all)}
+    return [scored[tuple(each["length_config"])] for each in [full, *survivors]]
 
 
 def command_line():
@@ -270,7 +271,12 @@ def command_line():
     parser.add_argument("--candidates", type=int, default=300, help="length configs to try (%(default)s)")
     parser.add_argument("--population", type=int, default=30, help="candidates a generation (%(default)s)")
     parser.add_argument("--subset", type=int, default=300, help="questions to score each candidate on (%(default)s)")
-    parser.add_argument("--survivors", type=int, default=40, help="of them to score on all questions (%(default)s)")
+    parser.add_argument(
+        "--survivors",
+        type=int,
+        default=40,
+        help="of them to score on all questions, evenly of each preset's budget (%(default)s)",
+    )
     parser.add_argument("--choosing", type=int, nargs="+", help="layers, from 0, that may drop tokens (all)")
     parser.add_argument("--at_most", type=int, default=3, help="layers of them that drop in one preset (%(default)s)")
     parser.add_argument(
@@ -287,7 +293,8 @@ def command_line():
         type=float,
         nargs=len(PRESET_NAMES),
         default=PRESET_SHARES,
-        help=f"greatest share of the MACs, 1 for all of them, of {', '.join(PRESET_NAMES)} (%(default)s)",
+        help=f"greatest share of the MACs, 1 for all of them, of {', '.join(PRESET_NAMES)}, each smaller than the one "
+        "before (%(default)s)",
     )
     parser.add_argument("--batch_size", type=int, default=16, help="windows a batch (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
@@ -308,6 +315,10 @@ def main():
     arguments.choosing = arguments.choosing or list(range(len(full)))
     if not set(arguments.choosing) <= set(range(len(full))):
         raise ValueError(f"--choosing is {arguments.choosing}, expected layers of {len(full)}")
+    if not all(1 >= most > least for most, least in pairwise([*arguments.preset_shares, 0.0])):
+        raise ValueError(
+            f"--preset_shares is {arguments.preset_shares}, expected shares of 1, each smaller than the last"
+        )
     for length_config in arguments.first:
         config.token_lengths(length_config if isinstance(length_config, list) else [length_config])  # raises
         drops = drops_of(length_config, arguments.choosing)
