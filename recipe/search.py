@@ -307,12 +307,12 @@ def command_line():
     return parser
 
 
-def main():
-    arguments = command_line().parse_args()
-    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
-    tokenizer = load_tokenizer(arguments.model)
-    config, full = model.config, [1.0] * model.config.num_hidden_layers
-    arguments.choosing = arguments.choosing or list(range(len(full)))
+def check(arguments, config, full):
+    """Whether the command line can be searched by, for a model of this `config`, whose length config `full` is.
+
+    Raises:
+        ValueError: it cannot; it says why.
+    """
     if not set(arguments.choosing) <= set(range(len(full))):
         raise ValueError(f"--choosing is {arguments.choosing}, expected layers of {len(full)}")
     if not all(1 >= most > least for most, least in pairwise([*arguments.preset_shares, 0.0])):
@@ -325,6 +325,15 @@ def main():
         drawn = draw_length_config(optuna.trial.FixedTrial(drops), len(full), arguments.choosing, arguments.at_most)
         if drawn != length_config or max(drops.values()) > MOST_DROP:
             raise ValueError(f"--first is {length_config}, expected shares that --choosing and --at_most can give")
+
+
+def main():
+    arguments = command_line().parse_args()
+    model = QuaLAMiniLMForQuestionAnswering.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(arguments.model)
+    config, full = model.config, [1.0] * model.config.num_hidden_layers
+    arguments.choosing = arguments.choosing or list(range(len(full)))
+    check(arguments, config, full)
     questions = with_answers(validation_questions(arguments.windows))
     settings = {
         name: getattr(arguments, name)
