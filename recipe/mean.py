@@ -29,7 +29,7 @@ def mean(model, trained, share):
     before, after = model.state_dict(), trained.state_dict()
     shapes, expected = ({name: tuple(each.shape) for name, each in of.items()} for of in (after, before))
     if shapes != expected:
-        name = min(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        name, _ = min(shapes.items() ^ expected.items())
         raise ValueError(f"--trained has {name} of shape {shapes.get(name)}, --model has it of {expected.get(name)}")
     for name, weights in before.items():
         weights.lerp_(after[name], share)

@@ -104,6 +104,11 @@ def measured(study):
     ]
 
 
+def by_length_config(study):
+    """What a study has measured, see [`measured`], each by its length config, a tuple."""
+    return {tuple(each["length_config"]): each for each in measured(study)}
+
+
 def drops_of(length_config, choosing):
     """The parameters that [`draw_length_config`] makes such a length config from."""
     entering = [1.0, *length_config]
@@ -131,13 +136,16 @@ def front(candidates):
     return best
 
 
+def budgets(shares):
+    """What each preset may cost at most, and what it costs more than, of `shares` from the greatest to the smallest."""
+    return list(pairwise([*shares, 0.0]))
+
+
 def by_budget(candidates, shares):
     """A list of candidates for each of `shares`, from the greatest to the smallest: those that cost at most this share
     of the MACs and more than the next. Each has the most F1 first, and of as much what costs less."""
     best_first = sorted(candidates, key=lambda each: (-each["f1"], each["macs_share"]))
-    return [
-        [each for each in best_first if least < each["macs_share"] <= most] for most, least in pairwise([*shares, 0.0])
-    ]
+    return [[each for each in best_first if least < each["macs_share"] <= most] for most, least in budgets(shares)]
 
 
 def place_presets(full, candidates, shares=PRESET_SHARES):
@@ -155,7 +163,7 @@ def place_presets(full, candidates, shares=PRESET_SHARES):
         ValueError: there is no such candidate.
     """
     presets = {FULL: full}
-    for name, (most, least), within in zip(PRESET_NAMES, pairwise([*shares, 0.0]), by_budget(candidates, shares)):
+    for name, (most, least), within in zip(PRESET_NAMES, budgets(shares), by_budget(candidates, shares)):
         if not within:
             raise ValueError(
                 f"no candidate is left for {name!r}, of more than {least} and at most {most} of the MACs; search "
@@ -220,7 +228,7 @@ def plot(path, report):
 
 def search(candidates, measure, full, arguments):
     """Measures candidates on the subset, generation by generation, until there are as many as asked for."""
-    known = {tuple(each["length_config"]): each for each in measured(candidates.on_subset)}
+    known = by_length_config(candidates.on_subset)
     done = len(measured(candidates.on_subset))
     with tqdm(total=arguments.candidates, initial=done, desc="Searching", unit="candidate") as progress:
         while progress.n < arguments.candidates:
@@ -244,14 +252,14 @@ def search(candidates, measure, full, arguments):
 def score_survivors(candidates, measure, full, arguments):
     """On all questions, what [`measured`] returns of the full model, which comes first, and of the candidates of each
     preset's budget that were best on the subset."""
-    unique = {tuple(each["length_config"]): each for each in measured(candidates.on_subset)}
+    unique = by_length_config(candidates.on_subset)
     unique.pop(tuple(full["length_config"]), None)
-    budgets = by_budget(within_loss(unique.values(), full, arguments.max_loss), arguments.preset_shares)
-    of_each = math.ceil(arguments.survivors / len(budgets))
-    survivors = [each for budget in budgets for each in budget[:of_each]]
-    done = [each["length_config"] for each in measured(candidates.on_all)]
+    within = by_budget(within_loss(unique.values(), full, arguments.max_loss), arguments.preset_shares)
+    of_each = math.ceil(arguments.survivors / len(within))
+    survivors = [each for of_budget in within for each in of_budget[:of_each]]
+    done = by_length_config(candidates.on_all)
     for candidate in tqdm([full, *survivors], desc="Scoring survivors on all questions", unit="candidate"):
-        if candidate["length_config"] not in done:
+        if tuple(candidate["length_config"]) not in done:
             result = measure(candidate["length_config"])
             candidates.on_all.add_trial(
                 optuna.trial.create_trial(
@@ -259,7 +267,7 @@ def score_survivors(candidates, measure, full, arguments):
                     user_attrs={name: result[name] for name in ("length_config", "em", "f1_standard_error")},
                 )
             )
-    scored = {tuple(each["length_config"]): each for each in measured(candidates.on_all)}
+    scored = by_length_config(candidates.on_all)
     return [scored[tuple(each["length_config"])] for each in [full, *survivors]]
 
 
@@ -315,7 +323,7 @@ def check(arguments, config, full):
     """
     if not set(arguments.choosing) <= set(range(len(full))):
         raise ValueError(f"--choosing is {arguments.choosing}, expected layers of {len(full)}")
-    if not all(1 >= most > least for most, least in pairwise([*arguments.preset_shares, 0.0])):
+    if not all(1 >= most > least for most, least in budgets(arguments.preset_shares)):
         raise ValueError(
             f"--preset_shares is {arguments.preset_shares}, expected shares of 1, each smaller than the last"
         )
