@@ -315,14 +315,15 @@ def command_line():
     return parser
 
 
-def check(arguments, config, full):
-    """Whether the command line can be searched by, for a model of this `config`, whose length config `full` is.
+def check(arguments, config):
+    """Whether the command line can be searched by, for a model of this `config`.
 
     Raises:
         ValueError: it cannot; it says why.
     """
-    if not set(arguments.choosing) <= set(range(len(full))):
-        raise ValueError(f"--choosing is {arguments.choosing}, expected layers of {len(full)}")
+    layers = config.num_hidden_layers
+    if not set(arguments.choosing) <= set(range(layers)):
+        raise ValueError(f"--choosing is {arguments.choosing}, expected layers of {layers}")
     if not all(1 >= most > least for most, least in budgets(arguments.preset_shares)):
         raise ValueError(
             f"--preset_shares is {arguments.preset_shares}, expected shares of 1, each smaller than the last"
@@ -330,7 +331,7 @@ def check(arguments, config, full):
     for length_config in arguments.first:
         config.token_lengths(length_config if isinstance(length_config, list) else [length_config])  # raises
         drops = drops_of(length_config, arguments.choosing)
-        drawn = draw_length_config(optuna.trial.FixedTrial(drops), len(full), arguments.choosing, arguments.at_most)
+        drawn = draw_length_config(optuna.trial.FixedTrial(drops), layers, arguments.choosing, arguments.at_most)
         if drawn != length_config or max(drops.values()) > MOST_DROP:
             raise ValueError(f"--first is {length_config}, expected shares that --choosing and --at_most can give")
 
@@ -341,7 +342,7 @@ def main():
     tokenizer = load_tokenizer(arguments.model)
     config, full = model.config, [1.0] * model.config.num_hidden_layers
     arguments.choosing = arguments.choosing or list(range(len(full)))
-    check(arguments, config, full)
+    check(arguments, config)
     questions = with_answers(validation_questions(arguments.windows))
     settings = {
         name: getattr(arguments, name)
