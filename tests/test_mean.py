@@ -44,5 +44,7 @@ def test_a_share_that_is_no_mean_is_refused(share, tmp_path, monkeypatch):
 
 def test_a_model_of_another_shape_is_refused(tmp_path, monkeypatch):
     folder = tiny_folder(tmp_path / "before")
-    with pytest.raises(ValueError, match=r"--trained has bert\.\S+ of shape \(.*384.*\), --model has it of \(.*16"):
+    with pytest.raises(
+        ValueError, match=r"--trained has bert\.embeddings\.\S+ of shape \(.*384.*\), --model has it of \(.*16"
+    ):
         run(monkeypatch, folder, ROOT, 0.5, tmp_path / "mean")
