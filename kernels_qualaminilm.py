@@ -129,7 +129,7 @@ class FloatKernel(Kernel):
     def __call__(self, quantized, dtype=torch.float32):
         with torch.autocast(quantized.device.type, enabled=False):  # which would round the integers
             product = F.linear(quantized.float(), self.weight)
-        # In oneDNN's order, which makes the floats too the same, to the last bit where it has AVX-512.
+        # In oneDNN's order, which makes the floats too the same, to the last bit where it has VNNI and no AMX.
         return product.mul_(self.input_scale).mul_(self.weight_scale).add_(self.bias).to(dtype)
 
     def gelu_for(self, quantized, following):
