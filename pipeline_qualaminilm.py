@@ -70,9 +70,11 @@ class QuestionAnsweringPipeline(ChunkPipeline):
     beside its text and tokens, only their logits are held, a few kB a window.
 
     Across windows, answers are compared by evidence: p(start) p(end), over p(start) p(end) of no answer, [CLS], in the
-    same window. What several windows or places answer alike counts once, where it has most. With e its evidence and
-    Z = 1 + the sum over windows of (1/p(no answer) - 1), an answer's score is e/Z: of a text of one window, its
-    probability. That of "" is exp(`no_answer_threshold`)/Z, 1 at most.
+    same window; times a weight, that of the question's words that the window holds, each by how few windows hold it as
+    in BM25, over the weight of the window that has most. What several windows or places answer alike counts once, where
+    it has most. With e its evidence, w its window's weight and Z = 1 + the sum over windows of w (1/p(no answer) - 1),
+    an answer's score is w e/Z: of a text of one window, its probability. That of "" is the best answer's if its e were
+    exp(`no_answer_threshold`), 1 at most.
 
     Returns:
         for each question a dict with `score` (`float`, in [0, 1]), `start`, `end` (`int`, characters of the context)
@@ -101,8 +103,8 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         - Answers are whole strings, and end with the `field: value` line that they begin in: [`whole_string`].
         - The answers of `top_k` differ as text and there are as many as asked for, if the text has as many; their
           scores do not depend on `top_k`.
-        - Windows are compared by evidence. 4.57 compares probabilities, which each window has of itself, and adds up
-          those of one text. Of a text of one window, scores are the same.
+        - Windows are compared by evidence, and by the question's words in them. 4.57 compares probabilities, which each
+          window has of itself, and adds up those of one text. Of a text of one window, scores are the same.
         - `handle_impossible_answer`: of several windows 4.57 takes the least probability of no answer. Of `top_k`
           answers "" stands where its score does, or is left out.
         - By default windows share batches; in 4.57 they pass one by one.

@@ -9,7 +9,6 @@ an answer does not end in the middle of an address, a file name or a decimal num
 
 import contextlib
 import copy
-import heapq
 import itertools
 import math
 import reprlib
@@ -20,7 +19,7 @@ from numbers import Integral, Real
 
 import numpy as np
 
-from .spans_qualaminilm import WindowSpans, shares
+from .spans_qualaminilm import ranked
 
 PADDINGS = (True, False, "longest", "max_length", "do_not_pad")
 PROBE = "a"  # what stands for the context where the tokens around it are found
@@ -129,6 +128,7 @@ class Window:
         tokens ([`Tokens`]), span (`slice`): the window's are these of the context's.
         ids_around, type_ids_around: what stands before and after them, two int64 arrays each.
         type_id (`int`): of the context's tokens.
+        question_ids: the question's words, int64, each once.
         padded_length (`int`): tokens to pad to, where these are fewer.
     """
 
@@ -137,6 +137,7 @@ class Window:
     ids_around: tuple
     type_ids_around: tuple
     type_id: int
+    question_ids: np.ndarray
     padded_length: int
 
     def __len__(self):
@@ -329,6 +330,11 @@ class Reading:
         ids, type_ids = np.array(around.ids, dtype=np.int64), np.array(around.type_ids, dtype=np.int64)
         ids_around = ids[:first], ids[first + length :]
         type_ids_around = type_ids[:first], type_ids[first + length :]
+        is_word = [
+            sequence == 0 and any(map(str.isalnum, question[start:end]))
+            for sequence, (start, end) in zip(sequence_ids, around.offsets)
+        ]
+        question_ids = np.unique(ids[is_word])
         fitting = max_seq_len - len(sequence_ids) + length
         stride = self._checked_stride(doc_stride, max_seq_len, fitting, n, sequence_ids.count(0))
         longest = max_seq_len if padding == "max_length" else min(max_seq_len, max_seq_len - fitting + n)
@@ -347,6 +353,7 @@ class Reading:
                 ids_around=ids_around,
                 type_ids_around=type_ids_around,
                 type_id=type_ids[first],
+                question_ids=question_ids,
                 padded_length=max_seq_len if padding == "max_length" else 0,
             )
             for span in spans
@@ -397,12 +404,10 @@ class Reading:
     ):
         """The best answers over all windows of one text: a list, or where `top_k` is 1 a dict.
 
-        In a window, a text's probability is the sum of p(start) p(end) of those of its spans that are among the
-        window's 12 best (the best alone without `align_to_words`), of its best span alone if none is. Its evidence is
-        that, over the window's null: p(start) p(end) of [CLS]. Texts are ranked by the evidence of the window where
-        they have most; their score is e/Z, with e the evidence and Z = 1 + the sum over windows of (1/null - 1). Of one
-        window that is the probability. Neither depends on `top_k`. The evidence of "" is what others have to reach,
-        exp(`no_answer_threshold`), and its score at most 1.
+        Texts are [`ranked`] by their evidence times their window's weight; their score is that over Z, with
+        Z = 1 + the sum over windows of weight (1/null - 1). Of one window that is the probability. Neither depends on
+        `top_k`. "" wins where the first text's evidence is below exp(`no_answer_threshold`), which stands in for that
+        evidence in its score, at most 1.
 
         Args:
             context (`str`), windows (`list` of [`Window`]), logits (as many arrays): see [`Reading.answers`].
@@ -411,25 +416,19 @@ class Reading:
         Raises:
             ValueError: logits that are not finite.
         """
-        spans = [
-            WindowSpans(context, window, of_window, max_answer_len, align_to_words)
-            for window, of_window in zip(windows, logits, strict=True)
-        ]
-        log_shares, log_null_score = shares(np.array([each.evidence_of_all for each in spans]))
-        ranked = heapq.merge(*(each.ranked(i) for i, each in enumerate(spans)), key=lambda answer: -answer[0])
-        first = next(ranked)
+        texts = ranked(context, windows, logits, max_answer_len, align_to_words)
+        first = next(texts)
         answers, seen = [], set()
-        for _, log_probability, i, start, end in itertools.chain([first], ranked):
+        for _, log_score, _, start, end in itertools.chain([first], texts):
             text = context[start:end]
             if text.lower() not in seen:
                 seen.add(text.lower())
-                score = math.exp(min(0.0, log_probability + log_shares[i]))
-                answers.append({"score": score, "start": start, "end": end, "answer": text})
+                answers.append({"score": math.exp(min(0.0, log_score)), "start": start, "end": end, "answer": text})
                 if len(answers) == top_k:
                     break
         if handle_impossible_answer:
             threshold = self.no_answer_threshold if no_answer_threshold is None else no_answer_threshold
-            none = {"score": math.exp(min(0.0, threshold + log_null_score)), "start": 0, "end": 0, "answer": ""}
+            none = {"score": math.exp(min(0.0, threshold + first[2])), "start": 0, "end": 0, "answer": ""}
             # It stands last where it does not win; the one answer that was asked for stays.
             place = 0 if first[0] < threshold else max(1, top_k - 1)
             answers = [*answers[:place], none, *answers[place:]][:top_k]

@@ -1,5 +1,6 @@
-"""Which spans of a window answer, how surely, and where they end: not in the middle of an address or a number."""
+"""Which spans of a text answer, how surely, and where they end: not in the middle of an address or a number."""
 
+import heapq
 import itertools
 import math
 import re
@@ -33,20 +34,64 @@ FIELD = re.compile(r"[^\w\n]*(?P<field>\w[^:\n]{0,39}):[ \t]+\S")  # a line that
 WRAPPED = 50  # characters, from which on a line may be one of several that are one paragraph
 
 
-def shares(evidence):
+def ranked(context, windows, logits, max_answer_len=15, align_to_words=True):
+    """The answers of all windows of one text, best first; they may repeat, from the second time on with less.
+
+    In a window, a text's probability is the sum of p(start) p(end) of those of its spans that are among the window's 12
+    best (the best alone without `align_to_words`), of its best span alone if none is. Its evidence is that, over the
+    window's null: p(start) p(end) of [CLS]. Times the window's weight, see [`weights_of`], that is what counts among
+    the windows, see [`shares`].
+
+    Args: as of [`Reading.best`].
+
+    Returns:
+        An iterator of the logarithm of the evidence, that of the score, that of the score if the evidence were 1, start
+        and end (characters of the context).
+
+    Raises:
+        ValueError: logits that are not finite.
+    """
+    spans = [
+        WindowSpans(context, window, of_window, max_answer_len, align_to_words)
+        for window, of_window in zip(windows, logits, strict=True)
+    ]
+    log_shares, log_nulls = shares(np.array([each.evidence_of_all for each in spans]), weights_of(windows))
+
+    def of_window(spans, log_share, log_null):
+        for log_evidence, log_probability, start, end in spans.ranked():
+            yield log_evidence, log_probability + log_share, log_null, start, end
+
+    return heapq.merge(*map(of_window, spans, log_shares, log_nulls), key=lambda answer: -answer[1])
+
+
+def weights_of(windows):
+    """How much the question's words speak for each window of a text: float64 (windows,), a logarithm, 0 where most.
+
+    A word that stands in `found` of n windows speaks for these by log((n + 1) / (found + 1/2)), as it does for a text
+    among others in BM25 (Robertson and Zaragoza, 2009; this form is Lucene's).
+    """
+    asked = windows[0].question_ids
+    stands = np.array([np.isin(asked, window.tokens.ids[window.span]) for window in windows])
+    weights = stands @ np.log((len(windows) + 1) / (stands.sum(0) + 0.5))
+    return weights - weights.max()
+
+
+def shares(evidence, weights):
     """What a window's probabilities count in the whole text, so that with those of the other windows they make one.
 
     Args:
         evidence: float64 (windows,), the logarithm of each one's 1/null, 0 or more.
+        weights: float64 (windows,), the logarithm of what each one's evidence is multiplied by, the greatest 0.
 
     Returns:
-        float64 (windows,), the logarithm of (1/null)/Z, with Z = 1 + the sum over windows of (1/null - 1); and that of
-        1/Z (`float`), the text's own null.
+        float64 (windows,), the logarithm of (weight/null)/Z, with Z = 1 + the sum over windows of weight (1/null - 1);
+        and that of weight/Z, what the window's own null counts.
     """
-    most = evidence.max()
+    of_all = evidence + weights
+    most = of_all.max()
     # Z without its factor exp(most): of all that is raised, nothing is above 0.
-    rest = math.log(math.exp(-most) + np.sum(np.exp(evidence - most) * -np.expm1(-evidence)))
-    return evidence - most - rest, -most - rest
+    rest = math.log(math.exp(-most) + np.sum(np.exp(of_all - most) * -np.expm1(-evidence)))
+    return of_all - most - rest, weights - most - rest
 
 
 class WindowSpans:
@@ -71,9 +116,9 @@ class WindowSpans:
         self.longest = min(max_answer_len, len(self.ends))
         self.size = len(self.ends) * self.longest - self.longest * (self.longest - 1) // 2
 
-    def ranked(self, number):
-        """Yields the window's answers, best first: the logarithms of their evidence and of their probability, `number`,
-        start and end (characters of the context). Texts may repeat, from the second time on with less."""
+    def ranked(self):
+        """Yields the window's answers, best first: the logarithms of their evidence and of their probability, start and
+        end (characters of the context). Texts may repeat, from the second time on with less."""
         merged_spans = MERGED_SPANS[bool(self.align_to_words)]
         merged = {}
         for log_probability, start, end in self.spans(0, merged_spans):
@@ -83,7 +128,7 @@ class WindowSpans:
         # None of the others has more than any of these.
         best = sorted(merged.values(), key=lambda answer: -answer[0])
         for log_probability, start, end in itertools.chain(best, self.spans(merged_spans, self.size)):
-            yield log_probability + self.evidence_of_all, log_probability, number, start, end
+            yield log_probability + self.evidence_of_all, log_probability, start, end
 
     def spans(self, first, last):
         """Yields the logarithm of the probability, start and end of the spans from rank `first` to before rank `last`,

@@ -30,7 +30,7 @@ from qualaminilm.configuration_qualaminilm import QuaLAMiniLMConfig
 from qualaminilm.files_qualaminilm import whole_file, write_whole
 from qualaminilm.modeling_qualaminilm import QuaLAMiniLMForQuestionAnswering
 from qualaminilm.pipeline_qualaminilm import QuestionAnsweringPipeline
-from qualaminilm.spans_qualaminilm import WindowSpans
+from qualaminilm.spans_qualaminilm import ranked
 from recipe import ROOT
 from recipe.data import NO_ANSWERS, file_sha256, groups, load_tokenizer, read_questions
 from recipe.evaluate import scores_by_question
@@ -193,8 +193,7 @@ def logits_of(pipeline, asked, length_config, folder):
 
 def best(pipeline, context, windows, logits):
     """The answer's text and the logarithm of its evidence."""
-    evidence = max(next(WindowSpans(context, *each, 15, True).ranked(0))[0] for each in zip(windows, logits))
-    return pipeline.postprocess(context, windows, logits)["answer"], evidence
+    return pipeline.postprocess(context, windows, logits)["answer"], next(ranked(context, windows, logits))[0]
 
 
 def f1_of(asked, texts):

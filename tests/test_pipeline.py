@@ -108,6 +108,12 @@ def brute_force_answers(qa, question, context, top_k, max_answer_len, max_seq_le
         return_offsets_mapping=True,
     )
     whole = qa.tokenizer(context, add_special_tokens=False)  # a window's edge cuts words
+    shared = []  # words of the question, a set a window
+    for i, ids in enumerate(encoded["input_ids"]):
+        asked, read = ({t for t, of in zip(ids, encoded.sequence_ids(i)) if of == text} for text in (0, 1))
+        shared.append({t for t in asked & read if any(map(str.isalnum, qa.tokenizer.decode([t])))})
+    rarity = {t: (len(shared) + 1) / (sum(t in each for each in shared) + 0.5) for t in set().union(*shared)}
+    spoken = [math.prod(rarity[t] for t in each) for each in shared]
     evidence, all_evidence = {}, 1
     for i, offsets in enumerate(encoded["offset_mapping"]):
         inputs = {name: torch.tensor([encoded[name][i]]) for name in qa.tokenizer.model_input_names}
@@ -134,10 +140,10 @@ def brute_force_answers(qa, question, context, top_k, max_answer_len, max_seq_le
             if rank < (12 if align_to_words else 1):
                 merged[text] = merged.get(text, 0) + score
             singles[text] = max(singles.get(text, 0), score)
-        null = start[0] * end[0]
-        all_evidence += 1 / null - 1
+        null, weight = start[0] * end[0], spoken[i] / max(spoken)
+        all_evidence += weight * (1 / null - 1)
         for text, score in (singles | merged).items():
-            evidence[text] = max(evidence.get(text, 0), score / null)
+            evidence[text] = max(evidence.get(text, 0), weight * score / null)
     scores = {text: each / all_evidence for text, each in evidence.items()}
     return sorted(scores.items(), key=lambda item: -item[1])[:top_k]
 

@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from conftest import ROOT, once
 from qualaminilm import reading_qualaminilm
 from qualaminilm.reading_qualaminilm import Reading, Row, Tokens, batches, check_options, padded
+from qualaminilm.spans_qualaminilm import weights_of
 
 WORDS = ["who", "Ann", "ann", "Bob", "Cleo", "Lima"]
 TEXTS = st.lists(st.sampled_from(WORDS), min_size=1, max_size=9).map(" ".join)
@@ -55,12 +56,17 @@ def softmax(logits):
 
 
 def twin(context, windows, logits, max_answer_len, align_to_words):
-    """The evidence of every text, of the null 1, and Z, in plain loops: `Decimal`s of as many digits as they need."""
-    evidence, total = {}, Decimal(1)
-    for window, of_window in zip(windows, logits):
+    """Of every text its evidence times its window's weight, that weight, and Z, of the null 1, in plain loops:
+    `Decimal`s of as many digits as they need. The question is "who"."""
+    words = [set(context[slice(*window.characters(0, len(window.scored()) - 2, True))].split()) for window in windows]
+    found = sum("who" in each for each in words)
+    weighted, total = {}, Decimal(1)
+    for of_words, window, of_window in zip(words, windows, logits):
+        # Where some windows have it, the others have less, by so much.
+        weight = Decimal(1) if "who" in of_words or not found else Decimal(2 * found + 1) / (2 * len(windows) + 2)
         starts, ends = map(softmax, of_window)
         null = starts[0] * ends[0]
-        total += 1 / null - 1
+        total += weight * (1 / null - 1)
         spans = [
             (starts[first] * ends[last], first - 1, last - 1)
             for first in range(1, len(starts))
@@ -75,8 +81,8 @@ def twin(context, windows, logits, max_answer_len, align_to_words):
                 texts[text] = texts.get(text, 0) + probability
             texts.setdefault(text, probability)
         for text, probability in texts.items():
-            evidence[text] = max(evidence.get(text, 0), probability / null)
-    return evidence, total
+            weighted[text] = max(weighted.get(text, (0, 0)), (weight * probability / null, weight))
+    return weighted, total
 
 
 @given(TEXTS, st.integers(0, 2**32), SCALES, st.integers(1, 5), st.booleans(), st.booleans())
@@ -86,22 +92,23 @@ def test_answers_are_those_of_exact_arithmetic(context, seed, scale, max_answer_
     windows = windows_of(context)
     logits = drawn_logits(windows, seed, scale)
     options = {"max_answer_len": max_answer_len, "align_to_words": align_to_words}
-    evidence, total = twin(context, windows, logits, **options)
+    weighted, total = twin(context, windows, logits, **options)
     answers = READING.best(
         context, windows, logits, top_k=99, handle_impossible_answer=wants_none, return_answerable=True, **options
     )
-    best = max(evidence.values())
-    answerable = best / (1 + best)
+    best, weight = max(weighted.values())
+    evidence = best / weight
+    answerable = evidence / (1 + evidence)
     assert [answer["answerable"] for answer in answers] == pytest.approx([float(answerable)] * len(answers))
     if wants_none:
-        wins = best < 1
+        wins = evidence < 1
         none = answers.pop(0 if wins else -1)
         assert (none["answer"], none["start"], none["end"]) == ("", 0, 0)
-        assert none["score"] == pytest.approx(float(1 / total), abs=1e-9)
-    scores = {text: float(each / total) for text, each in evidence.items()}
+        assert none["score"] == pytest.approx(float(weight / total), abs=1e-9)
+    scores = {text: float(each / total) for text, (each, _) in weighted.items()}
     assert {answer["answer"].lower(): answer["score"] for answer in answers} == pytest.approx(scores, abs=1e-9)
     assert len(answers) == len(scores)
-    of_answers = [evidence[answer["answer"].lower()] for answer in answers]
+    of_answers = [weighted[answer["answer"].lower()][0] for answer in answers]
     for better, worse in itertools.pairwise(of_answers):
         assert better >= worse * (1 - Decimal("1e-9"))
     assert all(context[answer["start"] : answer["end"]] == answer["answer"] for answer in answers)
@@ -143,6 +150,18 @@ def test_the_window_that_answers_wins_over_one_that_is_surer_of_itself():
     # By the windows' own probabilities it is the other way round.
     by_itself = READING.best(context, windows[1:], logits[1:], max_answer_len=1)
     assert by_itself["score"] > 0.7 > READING.best(context, windows[:1], logits[:1], max_answer_len=1)["score"]
+
+
+def test_a_window_weighs_by_the_words_of_the_question_that_it_holds():
+    """By hand: of three windows all hold "who", one "Lima", two "Cleo", which weigh log(4/3.5), log(4/1.5), log(4/2.5);
+    the question mark and what is asked twice add nothing."""
+    context = "Ann ? Lima who Cleo Ann who Bob Cleo Bob"
+    windows = READING.windows("who who Cleo Lima?", READING.tokens(context), doc_stride=1, max_seq_len=12)
+    assert [context.split()[window.span] for window in windows] == [context.split()[i : i + 4] for i in (0, 3, 6)]
+    other = math.log(4 / 2.5) - math.log(4 / 1.5)
+    assert weights_of(windows) == pytest.approx([0, other, other])
+    assert weights_of(windows[1:2]) == [0]
+    assert weights_of(READING.windows("?", READING.tokens(context), **SETTINGS)) == pytest.approx([0] * 3)
 
 
 def test_a_text_that_is_repeated_counts_once_where_it_has_most_evidence():

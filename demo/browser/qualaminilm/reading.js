@@ -4,7 +4,7 @@
  */
 
 import { ValueError, shown } from "./errors.js";
-import { BLANK, WindowSpans, shares } from "./spans.js";
+import { BLANK, ranked } from "./spans.js";
 
 const ONLY_BLANKS = new RegExp(`^[${BLANK}]*$`);
 
@@ -65,9 +65,10 @@ export class Window {
      * @param {number} end
      * @param {number[]} idsBefore [CLS], the question's and [SEP]
      * @param {number} separator [SEP], which ends it
+     * @param {number[]} questionIds the question's words, each once
      */
-    constructor(tokens, start, end, idsBefore, separator) {
-        Object.assign(this, { tokens, start, end, idsBefore, separator });
+    constructor(tokens, start, end, idsBefore, separator, questionIds) {
+        Object.assign(this, { tokens, start, end, idsBefore, separator, questionIds });
         /** How many tokens it has, all counted. */
         this.length = idsBefore.length + end - start + 1;
     }
@@ -150,7 +151,10 @@ export class Reading {
      */
     windows(question, tokens, options = {}) {
         const maxSeqLen = options.max_seq_len ?? this.maxSeqLen;
-        const asked = this.tokenizer.tokens(this.#cut(question, options.max_question_len)).ids;
+        const cut = this.#cut(question, options.max_question_len);
+        const { ids: asked, starts, ends } = this.tokenizer.tokens(cut);
+        const isWord = (_, i) => /[\p{L}\p{N}]/u.test(cut.slice(starts[i], ends[i]));
+        const questionIds = [...new Set(asked.filter(isWord))];
         const { first: cls, separator } = this.tokenizer;
         const idsBefore = [cls, ...asked, separator];
         const n = tokens.ids.length;
@@ -165,7 +169,7 @@ export class Reading {
         }
         const windows = [];
         for (let start = 0; start < Math.max(1, n - stride); start += room - stride) {
-            windows.push(new Window(tokens, start, Math.min(start + room, n), idsBefore, separator));
+            windows.push(new Window(tokens, start, Math.min(start + room, n), idsBefore, separator, questionIds));
         }
         return windows;
     }
@@ -189,29 +193,28 @@ export class Reading {
      */
     best(context, windows, logits, options = {}) {
         const { top_k: topK = 1, max_answer_len: maxAnswerLen = 15, align_to_words: alignToWords = true } = options;
-        const spans = windows.map((each, i) => new WindowSpans(context, each, logits[i], maxAnswerLen, alignToWords));
-        const { logShares, logNullScore } = shares(spans.map((each) => each.evidenceOfAll));
         let answers = [];
-        let most;
+        let first;
         const seen = new Set();
-        for (const { logEvidence, logProbability, number, start, end } of merged(spans.map((each) => each.ranked()))) {
-            most ??= logEvidence;
+        for (const text of ranked(context, windows, logits, maxAnswerLen, alignToWords)) {
+            first ??= text;
+            const { logScore, start, end } = text;
             const answer = context.slice(start, end);
             if (seen.has(answer.toLowerCase())) continue;
             seen.add(answer.toLowerCase());
-            answers.push({ score: Math.exp(Math.min(0, logProbability + logShares[number])), start, end, answer });
+            answers.push({ score: Math.exp(Math.min(0, logScore)), start, end, answer });
             if (answers.length === topK) break;
         }
         if (options.handle_impossible_answer) {
             const threshold = options.no_answer_threshold ?? this.noAnswerThreshold;
-            const none = { score: Math.exp(Math.min(0, threshold + logNullScore)), start: 0, end: 0, answer: "" };
+            const none = { score: Math.exp(Math.min(0, threshold + first.logNull)), start: 0, end: 0, answer: "" };
             // It stands last where it does not win; the one answer that was asked for stays.
-            answers.splice(most < threshold ? 0 : Math.max(1, topK - 1), 0, none);
+            answers.splice(first.logEvidence < threshold ? 0 : Math.max(1, topK - 1), 0, none);
             answers = answers.slice(0, topK);
         }
         if (options.return_answerable) {
             const [slope, intercept] = this.answerableCalibration;
-            const answerable = (1 + Math.tanh((slope * most + intercept) / 2)) / 2; // the logistic function
+            const answerable = (1 + Math.tanh((slope * first.logEvidence + intercept) / 2)) / 2; // the logistic function
             answers = answers.map((answer) => ({ ...answer, answerable }));
         }
         return topK > 1 ? answers : answers[0];
@@ -237,19 +240,4 @@ function checkedStride(docStride, maxSeqLen, room, contextLength, questionLength
         `\`doc_stride\` (${stride}) is not smaller than the ${room} tokens of context that fit in \`max_seq_len\` ` +
             `(${maxSeqLen}) beside the question`,
     );
-}
-
-/** What all of the iterables of ranked answers hold, best first, with the `number` of the iterable of each. */
-function* merged(iterables) {
-    const rest = iterables.map((each) => each[Symbol.iterator]());
-    const heads = rest.map((each) => each.next().value);
-    for (;;) {
-        let number = -1;
-        for (const [i, head] of heads.entries()) {
-            if (head && !(heads[number]?.logEvidence >= head.logEvidence)) number = i;
-        }
-        if (number < 0) return;
-        yield { ...heads[number], number };
-        heads[number] = rest[number].next().value;
-    }
 }

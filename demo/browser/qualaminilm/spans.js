@@ -1,4 +1,4 @@
-/** Which spans of a window answer, how surely, and where they end: spans_qualaminilm.py in JavaScript. */
+/** Which spans of a text answer, how surely, and where they end: spans_qualaminilm.py in JavaScript. */
 
 import { ValueError } from "./errors.js";
 
@@ -35,23 +35,79 @@ const BLANKS_BEFORE = new RegExp(`^[${BLANK}]*`);
 const BLANKS_AFTER = new RegExp(`[${BLANK}]*$`);
 
 /**
+ * The answers of all windows of one text, best first; they may repeat, from the second time on with less.
+ *
+ * @param {string} context
+ * @param {import("./reading.js").Window[]} windows
+ * @param {Float32Array[][]} logits of each window
+ * @param {number} maxAnswerLen
+ * @param {boolean} alignToWords
+ * @returns {Iterable<{logEvidence: number, logScore: number, logNull: number, start: number, end: number}>} `logNull` is
+ *     what `logScore` would be if the evidence were 1
+ * @throws {ValueError} logits that are not finite
+ */
+export function ranked(context, windows, logits, maxAnswerLen, alignToWords) {
+    const spans = windows.map((each, i) => new WindowSpans(context, each, logits[i], maxAnswerLen, alignToWords));
+    const { logShares, logNulls } = shares(
+        spans.map((each) => each.evidenceOfAll),
+        weightsOf(windows),
+    );
+    function* ofWindow(i) {
+        for (const each of spans[i].ranked()) {
+            yield { ...each, logScore: each.logProbability + logShares[i], logNull: logNulls[i] };
+        }
+    }
+    return merged(spans.map((_, i) => ofWindow(i)));
+}
+
+/** How much the words of the question speak for each window: see `weights_of` of spans_qualaminilm.py. */
+function weightsOf(windows) {
+    const weights = windows.map(() => 0);
+    const ids = windows.map(({ tokens, start, end }) => new Set(tokens.ids.slice(start, end)));
+    for (const word of windows[0].questionIds) {
+        const stands = ids.map((each) => each.has(word));
+        const found = stands.filter(Boolean).length;
+        for (const [i, here] of stands.entries()) if (here) weights[i] += Math.log((ids.length + 1) / (found + 0.5));
+    }
+    const most = weights.reduce((one, other) => Math.max(one, other));
+    return weights.map((each) => each - most);
+}
+
+/** What all of the iterables of ranked answers hold, best first. */
+function* merged(iterables) {
+    const rest = iterables.map((each) => each[Symbol.iterator]());
+    const heads = rest.map((each) => each.next().value);
+    for (;;) {
+        let number = -1;
+        for (const [i, head] of heads.entries()) {
+            if (head && !(heads[number]?.logScore >= head.logScore)) number = i;
+        }
+        if (number < 0) return;
+        yield heads[number];
+        heads[number] = rest[number].next().value;
+    }
+}
+
+/**
  * What a window's probabilities count in the whole text, so that with those of the other windows they make one.
  *
  * @param {number[]} evidence the logarithm of each window's 1/null, 0 or more
- * @returns {{logShares: number[], logNullScore: number}} the logarithm of (1/null)/Z a window, with Z = 1 + the sum over
- *     windows of (1/null - 1); and that of 1/Z, the text's own null
+ * @param {number[]} weights the logarithm of what each window's evidence is multiplied by, the greatest 0
+ * @returns {{logShares: number[], logNulls: number[]}} the logarithm of (weight/null)/Z a window, with Z = 1 + the sum
+ *     over windows of weight (1/null - 1); and that of weight/Z, what the window's own null counts
  */
-export function shares(evidence) {
-    const most = evidence.reduce((one, other) => Math.max(one, other));
+function shares(evidence, weights) {
+    const ofAll = evidence.map((each, i) => each + weights[i]);
+    const most = ofAll.reduce((one, other) => Math.max(one, other));
     // Z without its factor exp(most): of all that is raised, nothing is above 0.
     let rest = Math.exp(-most);
-    for (const each of evidence) rest += Math.exp(each - most) * -Math.expm1(-each);
+    for (const [i, each] of ofAll.entries()) rest += Math.exp(each - most) * -Math.expm1(-evidence[i]);
     rest = Math.log(rest);
-    return { logShares: evidence.map((each) => each - most - rest), logNullScore: -most - rest };
+    return { logShares: ofAll.map((each) => each - most - rest), logNulls: weights.map((each) => each - most - rest) };
 }
 
 /** The answer spans of one window, over its context tokens, and against its null, [CLS]. */
-export class WindowSpans {
+class WindowSpans {
     /**
      * @param {string} context
      * @param {import("./reading.js").Window} window
