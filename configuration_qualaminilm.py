@@ -118,11 +118,11 @@ class QuaLAMiniLMConfig(LengthConfigs, PretrainedConfig):
         length_presets (`dict`): name -> preset, as in the `presets` of `length_configs.json`. `"full"`, which drops
             nothing, is always among them. Kept in `length_configs.json`, never in `config.json`.
         int8_weights (`bool`): the weights are stored as quantization_qualaminilm.py says; else they are floats.
-        no_answer_threshold (`float`): below this evidence, in log units, a text does not answer; `None`, 0: below that
-            of its null.
+        no_answer_threshold (`float`): where the best answer has less evidence, in log units, a text does not answer;
+            `None`, 0: less than its window's null.
         answerable_calibration (`list` of two `float`): slope and intercept of the logistic function that makes the
-            best evidence how sure it is that a text answers; `None`, 1 and 0: the model's own probability, of one
-            window.
+            best answer's evidence how sure it is that a text answers; `None`, 1 and 0: the model's own probability, of
+            one window.
         int8_storage: what `config.json` said in int8_weights' place before there was that.
         architecture_sha256, weights_sha256: of `config.json`; see [`QuaLAMiniLMConfig.write_checksums`]. The first is
             compared with the fields here, the second with the files when they are loaded. Neither is kept, so that

@@ -50,8 +50,8 @@ class QuestionAnsweringPipeline(ChunkPipeline):
         max_seq_len (`int`): tokens of a window, question included; by default 384, or the tokenizer's maximum.
         max_question_len (`int`): tokens after which a question is cut; by default it is not.
         handle_impossible_answer (`bool`, defaults to `False`): answer "" where the text does not answer, that is, where
-            no answer has as much evidence as `no_answer_threshold`. Of `top_k` answers above 1, "" is the first if it
-            wins, else the last.
+            the best answer has less evidence than `no_answer_threshold`. Of `top_k` answers above 1, "" is the first if
+            it wins, else the last.
         no_answer_threshold (`float`): in log units; by default that of config.json, where it was chosen on validation
             questions, else 0: an answer has to be as probable as none.
         return_answerable (`bool`, defaults to `False`): add `answerable` to each answer: how sure the model is that
@@ -70,11 +70,11 @@ class QuestionAnsweringPipeline(ChunkPipeline):
     beside its text and tokens, only their logits are held, a few kB a window.
 
     Across windows, answers are compared by evidence: p(start) p(end), over p(start) p(end) of no answer, [CLS], in the
-    same window; times a weight, that of the question's words that the window holds, each by how few windows hold it as
-    in BM25, over the weight of the window that has most. What several windows or places answer alike counts once, where
-    it has most. With e its evidence, w its window's weight and Z = 1 + the sum over windows of w (1/p(no answer) - 1),
-    an answer's score is w e/Z: of a text of one window, its probability. That of "" is the best answer's if its e were
-    exp(`no_answer_threshold`), 1 at most.
+    same window; times a weight, the product over the question's tokens that the window holds of
+    (windows + 1) / (windows that hold it + 1/2), divided by the greatest of such products. What several windows or
+    places answer alike counts once, where it has most. With e its evidence, w its window's weight and
+    Z = 1 + the sum over windows of w (1/p(no answer) - 1), an answer's score is w e/Z: of a text of one window, its
+    probability. That of "" is the best answer's if its e were exp(`no_answer_threshold`), 1 at most.
 
     Returns:
         for each question a dict with `score` (`float`, in [0, 1]), `start`, `end` (`int`, characters of the context)

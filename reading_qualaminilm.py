@@ -128,7 +128,7 @@ class Window:
         tokens ([`Tokens`]), span (`slice`): the window's are these of the context's.
         ids_around, type_ids_around: what stands before and after them, two int64 arrays each.
         type_id (`int`): of the context's tokens.
-        question_ids: the question's words, int64, each once.
+        question_ids: the question's tokens that are words or pieces of such, int64, each once.
         padded_length (`int`): tokens to pad to, where these are fewer.
     """
 
@@ -225,6 +225,9 @@ class Reading:
         self.tokenizer = copy.deepcopy(tokenizer)
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
+        # One word that the vocabulary lacks is not another. Not every kind of model has a token for them.
+        unknown = self.tokenizer.token_to_id(getattr(self.tokenizer.model, "unk_token", None) or "")
+        self.unknown_ids = [] if unknown is None else [unknown]
         self.max_seq_len, self.positions = max_seq_len, positions
         self.no_answer_threshold = 0.0 if no_answer_threshold is None else no_answer_threshold
         self.answerable_calibration = answerable_calibration or (1.0, 0.0)
@@ -334,7 +337,7 @@ class Reading:
             sequence == 0 and any(map(str.isalnum, question[start:end]))
             for sequence, (start, end) in zip(sequence_ids, around.offsets)
         ]
-        question_ids = np.unique(ids[is_word])
+        question_ids = np.setdiff1d(ids[is_word], self.unknown_ids)
         fitting = max_seq_len - len(sequence_ids) + length
         stride = self._checked_stride(doc_stride, max_seq_len, fitting, n, sequence_ids.count(0))
         longest = max_seq_len if padding == "max_length" else min(max_seq_len, max_seq_len - fitting + n)
@@ -406,8 +409,8 @@ class Reading:
 
         Texts are [`ranked`] by their evidence times their window's weight; their score is that over Z, with
         Z = 1 + the sum over windows of weight (1/null - 1). Of one window that is the probability. Neither depends on
-        `top_k`. "" wins where the first text's evidence is below exp(`no_answer_threshold`), which stands in for that
-        evidence in its score, at most 1.
+        `top_k`. "" wins where the evidence of the first text, without its weight, is below exp(`no_answer_threshold`);
+        its score is what that text's would be with so much evidence, at most 1.
 
         Args:
             context (`str`), windows (`list` of [`Window`]), logits (as many arrays): see [`Reading.answers`].

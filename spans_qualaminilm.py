@@ -34,7 +34,7 @@ FIELD = re.compile(r"[^\w\n]*(?P<field>\w[^:\n]{0,39}):[ \t]+\S")  # a line that
 WRAPPED = 50  # characters, from which on a line may be one of several that are one paragraph
 
 
-def ranked(context, windows, logits, max_answer_len=15, align_to_words=True):
+def ranked(context, windows, logits, max_answer_len, align_to_words):
     """The answers of all windows of one text, best first; they may repeat, from the second time on with less.
 
     In a window, a text's probability is the sum of p(start) p(end) of those of its spans that are among the window's 12
@@ -67,17 +67,21 @@ def ranked(context, windows, logits, max_answer_len=15, align_to_words=True):
 def weights_of(windows):
     """How much the question's words speak for each window of a text: float64 (windows,), a logarithm, 0 where most.
 
-    A word that stands in `found` of n windows speaks for these by log((n + 1) / (found + 1/2)), as it does for a text
-    among others in BM25 (Robertson and Zaragoza, 2009; this form is Lucene's).
+    A token of them that `found` of n windows hold speaks for these by log((n + 1) / (found + 1/2)), whatever their
+    length and however often they hold it: the inverse document frequency of BM25 (Robertson and Zaragoza, 2009; this
+    form is Lucene's), with windows as documents.
     """
+    weights = np.zeros(len(windows))
     asked = windows[0].question_ids
-    stands = np.array([np.isin(asked, window.tokens.ids[window.span]) for window in windows])
-    weights = stands @ np.log((len(windows) + 1) / (stands.sum(0) + 0.5))
+    # Added token by token, so that windows which hold the same weigh the same to the last bit.
+    for stands in np.array([np.isin(asked, window.tokens.ids[window.span]) for window in windows]).T:
+        weights[stands] += math.log((len(windows) + 1) / (stands.sum() + 0.5))
     return weights - weights.max()
 
 
 def shares(evidence, weights):
-    """What a window's probabilities count in the whole text, so that with those of the other windows they make one.
+    """What a window's probabilities count in the whole text: with those of the other windows, and 1/Z that there is no
+    answer, they make one.
 
     Args:
         evidence: float64 (windows,), the logarithm of each one's 1/null, 0 or more.
@@ -85,7 +89,7 @@ def shares(evidence, weights):
 
     Returns:
         float64 (windows,), the logarithm of (weight/null)/Z, with Z = 1 + the sum over windows of weight (1/null - 1);
-        and that of weight/Z, what the window's own null counts.
+        and that of weight/Z, what evidence of 1 counts in the window.
     """
     of_all = evidence + weights
     most = of_all.max()

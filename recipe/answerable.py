@@ -1,11 +1,11 @@
 """When a text has no answer, and how sure that is: `python -m recipe.answerable --windows FOLDER --logits FOLDER`.
 
-A text does not answer where its best evidence is below a threshold, and the evidence makes, by a logistic function, how
-sure the model is that there is an answer. One half of validation's titles, by a hash, settles both; all figures are
-measured on the other half, with the one threshold. There, documents are also put among others, so that their questions
-have many windows to be answered wrongly from. A second threshold, `balanced_threshold`, is for SQuAD v2.0 alone, where
-half of the questions have no answer, by design hard to tell from one that has: questions of that kind, and twins that
-are answered, are named by `--adversarial`.
+A text does not answer where its best answer's evidence is below a threshold, and the evidence makes, by a logistic
+function, how sure the model is that there is an answer. One half of validation's titles, by a hash, settles both; all
+figures are measured on the other half, with the one threshold. There, documents are also put among others, so that
+their questions have many windows to be answered wrongly from. A second threshold, `balanced_threshold`, is for SQuAD
+v2.0 alone, where half of the questions have no answer, by design hard to tell from one that has: questions of that
+kind, and twins that are answered, are named by `--adversarial`.
 
 Logits are kept as they come: a run that was stopped goes on, and what another rule would give costs no model.
 """
@@ -193,7 +193,7 @@ def logits_of(pipeline, asked, length_config, folder):
 
 def best(pipeline, context, windows, logits):
     """The answer's text and the logarithm of its evidence."""
-    return pipeline.postprocess(context, windows, logits)["answer"], next(ranked(context, windows, logits))[0]
+    return pipeline.postprocess(context, windows, logits)["answer"], next(ranked(context, windows, logits, 15, True))[0]
 
 
 def f1_of(asked, texts):

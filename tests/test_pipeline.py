@@ -23,7 +23,7 @@ QUESTION = "Where do I live?"
 CONTEXT = "My name is Wolfgang and I live in Berlin. It is nice here, really."
 ONE = {"question": QUESTION, "context": CONTEXT}
 DROPPING = [0.9, 0.6, 0.3]  # a length_config of the tiny model
-WORDS = "Berlin berlin BERLIN in the of Wolfgang unhappily ( ) , 1887 naïve 東京 to".split()
+WORDS = "Berlin berlin live where do in the of Wolfgang unhappily ( ) , 1887 naïve 東京 to".split()
 
 
 class MapStyle(torch.utils.data.Dataset):

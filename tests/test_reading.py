@@ -14,7 +14,7 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
@@ -56,11 +56,11 @@ def softmax(logits):
 
 
 def twin(context, windows, logits, max_answer_len, align_to_words):
-    """Of every text its evidence times its window's weight, that weight, and Z, of the null 1, in plain loops:
-    `Decimal`s of as many digits as they need. The question is "who"."""
+    """Of every text and window the evidence times the window's weight, and that weight; and Z, of the null 1. In plain
+    loops, `Decimal`s of as many digits as they need. The question is "who"."""
     words = [set(context[slice(*window.characters(0, len(window.scored()) - 2, True))].split()) for window in windows]
     found = sum("who" in each for each in words)
-    weighted, total = {}, Decimal(1)
+    weighted, total = [], Decimal(1)
     for of_words, window, of_window in zip(words, windows, logits):
         # Where some windows have it, the others have less, by so much.
         weight = Decimal(1) if "who" in of_words or not found else Decimal(2 * found + 1) / (2 * len(windows) + 2)
@@ -80,8 +80,7 @@ def twin(context, windows, logits, max_answer_len, align_to_words):
             if rank < (12 if align_to_words else 1):
                 texts[text] = texts.get(text, 0) + probability
             texts.setdefault(text, probability)
-        for text, probability in texts.items():
-            weighted[text] = max(weighted.get(text, (0, 0)), (weight * probability / null, weight))
+        weighted += [(text, weight * probability / null, weight) for text, probability in texts.items()]
     return weighted, total
 
 
@@ -96,7 +95,10 @@ def test_answers_are_those_of_exact_arithmetic(context, seed, scale, max_answer_
     answers = READING.best(
         context, windows, logits, top_k=99, handle_impossible_answer=wants_none, return_answerable=True, **options
     )
-    best, weight = max(weighted.values())
+    counts = {text: max(each for of, each, _ in weighted if of == text) for text, _, _ in weighted}
+    best = max(counts.values())
+    weight, *others = {weight for _, each, weight in weighted if each >= best * (1 - Decimal("1e-9"))}
+    assume(not others)  # which of two texts is the first is the rounding's choice
     evidence = best / weight
     answerable = evidence / (1 + evidence)
     assert [answer["answerable"] for answer in answers] == pytest.approx([float(answerable)] * len(answers))
@@ -105,10 +107,10 @@ def test_answers_are_those_of_exact_arithmetic(context, seed, scale, max_answer_
         none = answers.pop(0 if wins else -1)
         assert (none["answer"], none["start"], none["end"]) == ("", 0, 0)
         assert none["score"] == pytest.approx(float(weight / total), abs=1e-9)
-    scores = {text: float(each / total) for text, (each, _) in weighted.items()}
+    scores = {text: float(each / total) for text, each in counts.items()}
     assert {answer["answer"].lower(): answer["score"] for answer in answers} == pytest.approx(scores, abs=1e-9)
     assert len(answers) == len(scores)
-    of_answers = [weighted[answer["answer"].lower()][0] for answer in answers]
+    of_answers = [counts[answer["answer"].lower()] for answer in answers]
     for better, worse in itertools.pairwise(of_answers):
         assert better >= worse * (1 - Decimal("1e-9"))
     assert all(context[answer["start"] : answer["end"]] == answer["answer"] for answer in answers)
@@ -154,9 +156,9 @@ def test_the_window_that_answers_wins_over_one_that_is_surer_of_itself():
 
 def test_a_window_weighs_by_the_words_of_the_question_that_it_holds():
     """By hand: of three windows all hold "who", one "Lima", two "Cleo", which weigh log(4/3.5), log(4/1.5), log(4/2.5);
-    the question mark and what is asked twice add nothing."""
-    context = "Ann ? Lima who Cleo Ann who Bob Cleo Bob"
-    windows = READING.windows("who who Cleo Lima?", READING.tokens(context), doc_stride=1, max_seq_len=12)
+    marks, words that are not in the vocabulary and what is asked twice add nothing."""
+    context = "Ann ? Lima who Cleo Ann who Lena Cleo Bob"
+    windows = READING.windows("Cleo Lena who Cleo Lima?", READING.tokens(context), doc_stride=1, max_seq_len=13)
     assert [context.split()[window.span] for window in windows] == [context.split()[i : i + 4] for i in (0, 3, 6)]
     other = math.log(4 / 2.5) - math.log(4 / 1.5)
     assert weights_of(windows) == pytest.approx([0, other, other])

@@ -65,7 +65,7 @@ export class Window {
      * @param {number} end
      * @param {number[]} idsBefore [CLS], the question's and [SEP]
      * @param {number} separator [SEP], which ends it
-     * @param {number[]} questionIds the question's words, each once
+     * @param {number[]} questionIds the question's tokens that are words or pieces of such, each once
      */
     constructor(tokens, start, end, idsBefore, separator, questionIds) {
         Object.assign(this, { tokens, start, end, idsBefore, separator, questionIds });
@@ -153,8 +153,9 @@ export class Reading {
         const maxSeqLen = options.max_seq_len ?? this.maxSeqLen;
         const cut = this.#cut(question, options.max_question_len);
         const { ids: asked, starts, ends } = this.tokenizer.tokens(cut);
-        const isWord = (_, i) => /[\p{L}\p{N}]/u.test(cut.slice(starts[i], ends[i]));
-        const questionIds = [...new Set(asked.filter(isWord))];
+        const isWord = (id, i) =>
+            id !== this.tokenizer.unknown && /[\p{L}\p{N}]/u.test(cut.slice(starts[i], ends[i]));
+        const questionIds = [...new Set(asked.filter(isWord))].sort((one, other) => one - other);
         const { first: cls, separator } = this.tokenizer;
         const idsBefore = [cls, ...asked, separator];
         const n = tokens.ids.length;

@@ -89,12 +89,13 @@ function* merged(iterables) {
 }
 
 /**
- * What a window's probabilities count in the whole text, so that with those of the other windows they make one.
+ * What a window's probabilities count in the whole text: with those of the other windows, and 1/Z that there is no answer,
+ * they make one.
  *
  * @param {number[]} evidence the logarithm of each window's 1/null, 0 or more
  * @param {number[]} weights the logarithm of what each window's evidence is multiplied by, the greatest 0
  * @returns {{logShares: number[], logNulls: number[]}} the logarithm of (weight/null)/Z a window, with Z = 1 + the sum
- *     over windows of weight (1/null - 1); and that of weight/Z, what the window's own null counts
+ *     over windows of weight (1/null - 1); and that of weight/Z, what evidence of 1 counts in the window
  */
 function shares(evidence, weights) {
     const ofAll = evidence.map((each, i) => each + weights[i]);
