@@ -79,9 +79,9 @@ def loss_of_thresholds(articles, together, samples=200):
 
 
 @pytest.mark.parametrize("together", [0.0, 0.5, 0.9])
-def test_one_threshold_in_twenty_loses_more_than_it_may(together):
+def test_one_threshold_in_a_hundred_loses_more_than_it_may(together):
     lost = loss_of_thresholds(100, together)
-    assert (lost > 0.05).mean() == pytest.approx(0.05, abs=0.045)
+    assert (lost > 0.05).mean() <= 0.03
     assert np.median(lost) > 0.005  # nor is it all caution
 
 
