@@ -35,6 +35,7 @@ from .dropping_qualaminilm import (
 from .engine_qualaminilm import ENGINES, find_engine
 from .files_qualaminilm import check_weights
 from .graph_qualaminilm import Graph  # noqa: F401  transformers 4.57 copies a local file's own imports alone
+from .kernels_qualaminilm import make_kernel  # noqa: F401  as above
 from .quantization_qualaminilm import Int8Layer, Int8Model, QuantizedEmbedding
 
 
