@@ -1,6 +1,9 @@
 import os
+import tempfile
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Empty at first: what an earlier version left in the user's own stood in for a file that was copied no more.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp()
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # ONNX Runtime from 1.29 on tells its maker what models it runs
 
 import importlib.util
@@ -33,6 +36,10 @@ TIMEOUT = 120  # seconds: a test that passes waits a small part of it, unless th
 
 once = pytest.mark.skipif(not TRANSFORMERS_5, reason="nothing here differs between the transformers lines")
 trains = pytest.mark.skipif(not TRANSFORMERS_5, reason="the training recipes run on transformers 5")
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"])
 
 
 def pytest_report_header():
