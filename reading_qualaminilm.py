@@ -421,6 +421,7 @@ class Reading:
         """
         texts = ranked(context, windows, logits, max_answer_len, align_to_words)
         first = next(texts)
+        log_evidence, _, log_null, *_ = first
         answers, seen = [], set()
         for _, log_score, _, start, end in itertools.chain([first], texts):
             text = context[start:end]
@@ -431,13 +432,13 @@ class Reading:
                     break
         if handle_impossible_answer:
             threshold = self.no_answer_threshold if no_answer_threshold is None else no_answer_threshold
-            none = {"score": math.exp(min(0.0, threshold + first[2])), "start": 0, "end": 0, "answer": ""}
+            none = {"score": math.exp(min(0.0, threshold + log_null)), "start": 0, "end": 0, "answer": ""}
             # It stands last where it does not win; the one answer that was asked for stays.
-            place = 0 if first[0] < threshold else max(1, top_k - 1)
+            place = 0 if log_evidence < threshold else max(1, top_k - 1)
             answers = [*answers[:place], none, *answers[place:]][:top_k]
         if return_answerable:
             slope, intercept = self.answerable_calibration
-            answerable = (1 + math.tanh((slope * first[0] + intercept) / 2)) / 2  # the logistic function
+            answerable = (1 + math.tanh((slope * log_evidence + intercept) / 2)) / 2  # the logistic function
             answers = [answer | {"answerable": answerable} for answer in answers]
         return answers if top_k > 1 else answers[0]
 

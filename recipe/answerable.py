@@ -191,9 +191,10 @@ def logits_of(pipeline, asked, length_config, folder):
             yield of_text, [next(logits) for _ in of_text]
 
 
-def best(pipeline, context, windows, logits):
+def best(context, windows, logits):
     """The answer's text and the logarithm of its evidence."""
-    return pipeline.postprocess(context, windows, logits)["answer"], next(ranked(context, windows, logits, 15, True))[0]
+    log_evidence, _, _, start, end = next(ranked(context, windows, logits, 15, True))
+    return context[start:end], log_evidence
 
 
 def f1_of(asked, texts):
@@ -296,10 +297,10 @@ def share(array):
     return float(array.mean()) if len(array) else None
 
 
-def fitted(pipeline, asked, logits):
+def fitted(asked, logits):
     """Threshold and calibration that fit the fitting half of the questions, a dict; the threshold of
     [`balanced_threshold_of`] there; and a function of any threshold and calibration, what they do to the other half."""
-    texts, evidence = zip(*(best(pipeline, each.context, *of) for each, of in zip(asked, logits, strict=True)))
+    texts, evidence = zip(*(best(each.context, *of) for each, of in zip(asked, logits, strict=True)))
     kinds, fits = np.array([each.kind for each in asked]), np.array([each.fits for each in asked])
     articles, usual = np.array([each.article for each in asked]), np.isin(kinds, USUAL)
     f1, evidence, answered = f1_of(asked, texts), np.array(evidence), kinds == "answered"
@@ -314,7 +315,7 @@ def fitted(pipeline, asked, logits):
     return own, balanced, partial(measured, evidence=evidence[~fits], kinds=kinds[~fits], right=right[~fits])
 
 
-def measured_among(pipeline, asked, logits_of_each, threshold, seed):
+def measured_among(asked, logits_of_each, threshold, seed):
     """Of the questions that are right alone, how many are where their document stands among others, by the number of
     windows. Windows that follow each other are those of the text that they make up, but for a word that is cut at its
     start, so that one text has all sizes.
@@ -323,7 +324,7 @@ def measured_among(pipeline, asked, logits_of_each, threshold, seed):
         logits_of_each: of questions and a name to keep their logits by, to what [`logits_of`] yields.
     """
     alone = [as_alone(each) for each in asked]
-    texts = [best(pipeline, each.context, *of)[0] for each, of in zip(alone, logits_of_each(alone, "alone"))]
+    texts = [best(each.context, *of)[0] for each, of in zip(alone, logits_of_each(alone, "alone"))]
     right_alone = is_right(alone, texts)
     draw, found = random.Random(seed), {size: [] for size in SIZES}
     logits = logits_of_each(asked, "among")
@@ -338,7 +339,7 @@ def measured_among(pipeline, asked, logits_of_each, threshold, seed):
             size_here = max(size, len(mine))
             first = draw.randint(max(0, mine[-1] - size_here + 1), min(mine[0], len(windows) - size_here))
             some = slice(first, first + size_here)
-            found[size].append((each, size_here, *best(pipeline, each.context, windows[some], of_windows[some])))
+            found[size].append((each, size_here, *best(each.context, windows[some], of_windows[some])))
     sizes_measured = []
     for asked_here, sizes, texts, evidence in (zip(*rows) for rows in found.values() if rows):
         right = is_right(asked_here, texts)
@@ -429,7 +430,7 @@ def main():
             known_by = hashlib.sha256(identity.encode()).hexdigest()[:16]
             return logits_of(pipeline, of, length_config, arguments.logits / f"{what}-{known_by}")
 
-        own, balanced, measure = fitted(pipeline, asked, logits(asked, "asked"))
+        own, balanced, measure = fitted(asked, logits(asked, "asked"))
         if settled is None:
             settled, balanced_threshold = own, balanced
         results[name] = measure(*settled.values())
@@ -437,7 +438,7 @@ def main():
         del results[name]["by_its_own"]["bins"]
         threshold = settled["no_answer_threshold"]
         results[name]["among_others"] = (
-            measured_among(pipeline, among, logits, threshold, arguments.seed) if among else None
+            measured_among(among, logits, threshold, arguments.seed) if among else None
         )
         results[name]["examples"] = [
             {"question": question, "expected": expected}

@@ -128,7 +128,7 @@ def test_questions_of_the_adversarial_kind_settle_the_balanced_threshold_alone()
     def settle(rows):
         found = iter([("a", evidence) for _, evidence in rows])
         with mock.patch.object(answerable, "best", lambda *_: next(found)):
-            return answerable.fitted(None, [each for each, _ in rows], [()] * len(rows))
+            return answerable.fitted([each for each, _ in rows], [()] * len(rows))
 
     own, balanced, measure = settle(of_each + adversarial)
     assert own == settle(of_each)[0] and settle(of_each)[1] is None
