@@ -437,9 +437,7 @@ def main():
         results[name]["by_its_own"] = own | measure(*own.values())
         del results[name]["by_its_own"]["bins"]
         threshold = settled["no_answer_threshold"]
-        results[name]["among_others"] = (
-            measured_among(among, logits, threshold, arguments.seed) if among else None
-        )
+        results[name]["among_others"] = measured_among(among, logits, threshold, arguments.seed) if among else None
         results[name]["examples"] = [
             {"question": question, "expected": expected}
             | pipeline(question=question, context=context, length_config=length_config)
